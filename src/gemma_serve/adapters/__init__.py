@@ -1,0 +1,1 @@
+"""The outside world, one file each; foreign errors become ours here."""

@@ -1,0 +1,1 @@
+"""One vLLM process and what it says."""

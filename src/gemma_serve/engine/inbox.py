@@ -1,0 +1,75 @@
+"""Where the main loop waits: for a signal, for a process to end, or for a while."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+_CAUGHT = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+class Inbox:
+    """Collects SIGINT, SIGTERM and SIGHUP while it is open, and wakes whoever waits on it.
+
+    A handler only notes its signal; the loop acts on it. Handlers write to a pipe, which is
+    safe at any moment, where setting a threading.Event in a handler can deadlock. On leaving,
+    the former handlers are back. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Inbox:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        for signum in _CAUGHT:
+            self._former[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)
+        os.close(self._read)
+        os.close(self._write)
+        self._read = self._write = -1
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signals.append(signum)
+        self.wake()
+
+    def wake(self) -> None:
+        """End the current or the next `wait` at once. Any thread may call it."""
+        try:
+            os.write(self._write, b"\0")
+        except (BlockingIOError, OSError):
+            return  # full: the wait ends anyway; closed: nobody waits any more
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when woken, when a signal came, or after `timeout_s`."""
+        if select.select([self._read], [], [], timeout_s)[0]:
+            os.read(self._read, 65536)
+
+    def wait_until(self, happened: Callable[[], bool], *, timeout_s: float, tick_s: float) -> bool:
+        """Wait for `happened`, looking at every wake-up and tick; False if time ran out."""
+        from time import monotonic
+
+        deadline = monotonic() + timeout_s
+        while not happened():
+            left = deadline - monotonic()
+            if left <= 0:
+                return False
+            self.wait(min(left, tick_s))
+        return True
