@@ -1,0 +1,1 @@
+"""One file per verb. They return frozen results and never print."""
