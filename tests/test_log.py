@@ -30,6 +30,7 @@ API = "(APIServer pid=20441) "
         ("Capturing CUDA graphs (decode, FULL):  50%|█████     | 18/35", PhaseSeen("CUDA graphs")),
         (API + "INFO 11-22 10:51:28 [entry.py:140] Starting vLLM server on http://127.0.0.1:8011",
          PhaseSeen("API server")),
+        (API + "WARNING 11-22 10:51:10 [vllm.py:1703] Enforce eager set, disabling torch.compile, CUDAGraphs, and JIT kernel warmup.", None),
         ("nobody knows this line", None),
         ("", None),
     ],

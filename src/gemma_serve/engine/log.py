@@ -16,7 +16,7 @@ _PHASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("weights", ("Starting to load model", "Loading model from scratch", "checkpoint shards:")),
     ("compilation", ("Starting torch.compile", "Dynamo bytecode transform", "Warming up model")),
     ("KV cache", ("Available KV cache memory", "KV cache size:", "for KV Cache as specified")),
-    ("CUDA graphs", ("Capturing CUDA graphs", "JIT kernel warmup")),
+    ("CUDA graphs", ("Capturing CUDA graphs", "JIT kernel warmup starting")),
     ("API server", ("Starting vLLM server on", "Starting vLLM API server", "Available routes")),
 )
 _SHARDS = re.compile(r"checkpoint shards:\s+(\d+)% Completed")

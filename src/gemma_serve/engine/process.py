@@ -22,6 +22,7 @@ import psutil
 from gemma_serve.errors import EngineFailed
 
 _KILL_TIMEOUT_S = 5.0
+_LINGER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def stop_engine(
     """End the engine and everything it started.
 
     The ladder: SIGTERM to the leader; up to `grace_s` for all to go, cut short by `hurry`;
-    then SIGKILL for whatever is left, until nothing is.
+    half a second for the others to follow it; then SIGKILL for whatever is left.
 
     Args:
         wait: pauses for that many seconds or until something happened.
@@ -176,6 +177,10 @@ def stop_engine(
     while engine.exit is None and not hurry() and time.monotonic() < begun + grace_s:
         engine.note_descendants()
         wait(0.05)
+    # Python's own helper processes end by themselves once the leader has.
+    linger_until = time.monotonic() + _LINGER_S
+    while engine.members() and not hurry() and time.monotonic() < linger_until:
+        wait(0.02)
     killed = _kill_rest(engine)
     left = tuple(process.pid for process in engine.members())
     return StopReport(killed, left, time.monotonic() - begun)

@@ -1,0 +1,106 @@
+"""The `gemma-serve` program: its commands, and the way from any error to an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from gemma_serve import __version__
+from gemma_serve.cli.check_gpu import check_gpu
+from gemma_serve.cli.plan import plan
+from gemma_serve.cli.smoke_test import smoke_test
+from gemma_serve.cli.up import up
+from gemma_serve.errors import EXIT_NO, EXIT_OK, GemmaServeError, Stopped, UsageError
+
+app = typer.Typer(
+    name="gemma-serve",
+    help="Serve Google's Gemma on your own machine with vLLM: one command, shown to work.",
+    epilog="Exit codes: 0 done, 1 the answer is no, 2 wrong usage, 3 the engine failed.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("up")(up)
+app.command("plan")(plan)
+app.command("check-gpu")(check_gpu)
+app.command("smoke-test")(smoke_test)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gemma-serve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["GEMMA_SERVE_DEBUG"] = "1"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code; the only place that turns errors into one."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        code = app(args, prog_name="gemma-serve", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else EXIT_OK
+    except GemmaServeError as error:
+        return _end(args, error)
+    except typer.TyperException as error:
+        return _end(args, _usage_error(error, args))
+    except (KeyboardInterrupt, typer.Abort):
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has gone; without this, Python complains at its own end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_NO
+    except Exception as error:
+        return _end(args, _internal_error(error))
+
+
+def _end(args: Sequence[str], error: GemmaServeError) -> int:
+    """Report an error that ended a command, as the envelope where JSON was asked for."""
+    if os.environ.get("GEMMA_SERVE_DEBUG"):
+        traceback.print_exception(error)
+    as_json = "--json" in args
+    # Who asked us to stop knows it; a program that reads JSON still gets its last line.
+    if as_json or not isinstance(error, Stopped):
+        from gemma_serve.view.output import Output
+
+        Output(as_json=as_json).result(_command(args), ok=False, data={}, problems=error.problems)
+    return error.shell_code if isinstance(error, Stopped) else error.exit_code
+
+
+def _internal_error(error: Exception) -> GemmaServeError:
+    """A fault of ours, told without the traceback that only helps us."""
+    found = GemmaServeError(
+        f"gemma-serve itself failed: {type(error).__name__}: {error}",
+        code="internal",
+        hint="`gemma-serve --debug ...` shows where; please report it with that",
+    )
+    found.__cause__ = error
+    return found
+
+
+def _usage_error(error: typer.TyperException, args: Sequence[str]) -> UsageError:
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    help_command = " ".join(filter(None, ["gemma-serve", _command(args), "--help"]))
+    return UsageError(text.rstrip("."), code="usage", hint=f"see `{help_command}`")
+
+
+def _command(args: Sequence[str]) -> str:
+    names = {command.name for command in app.registered_commands}
+    return next((arg for arg in args if arg in names), "")

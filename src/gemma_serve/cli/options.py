@@ -1,0 +1,84 @@
+"""Command-line options made from the table of settings, once for every command."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gemma_serve.planning.settings import SETTINGS, Setting
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", envvar="GEMMA_SERVE_CONFIG", metavar="FILE", help="Settings as YAML."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command an option for each of the settings `names`, or for all of them.
+
+    The command gets those that were given as one dict, `flags`. Their values stay text: one
+    place validates them, wherever they come from.
+    """
+    chosen = [s for s in SETTINGS if not names or s.name in names]
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(command)
+        def run(**given: Any) -> int:
+            flags = _given_flags({s.name: given.pop(s.name) for s in chosen})
+            return command(flags=flags, **given)
+
+        _set_signature(run, command, chosen)
+        return run
+
+    return decorate
+
+
+def _set_signature(
+    run: Callable[..., int], command: Callable[..., int], chosen: Iterable[Setting]
+) -> None:
+    """What Typer reads of `run`: the settings' options, then the command's own but `flags`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [_parameter(setting) for setting in chosen]
+    parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "flags"]
+    run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    del run.__wrapped__  # type: ignore[attr-defined]
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    names = [setting.flag, *([setting.short] if setting.short else [])]
+    kind: Any = str | None
+    default: Any = None
+    option = typer.Option(*names, metavar=setting.metavar, help=setting.help)
+    if setting.kind == "switch":
+        kind = bool | None
+        option = typer.Option(f"{setting.flag}/--no-{setting.flag[2:]}", help=setting.help)
+    elif setting.kind == "repeated":
+        kind = list[str] | None
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _given_flags(values: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in values.items() if value not in (None, [])}
+    if "engine_args" in given:
+        given["engine_args"] = dict(_key_value(text) for text in given["engine_args"])
+    return given
+
+
+def _key_value(text: str) -> tuple[str, str | bool]:
+    """`seed=7` is ("seed", "7"); a bare `enable-lora` is a switch that is on."""
+    key, equals, value = text.partition("=")
+    return (key, value) if equals else (key, True)

@@ -1,0 +1,46 @@
+"""`gemma-serve plan`."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from gemma_serve.cli.options import AsJson, ConfigFile, with_settings
+from gemma_serve.errors import EXIT_NO, EXIT_OK
+
+
+class Format(StrEnum):
+    """How the plan is written."""
+
+    TEXT = "text"
+    YAML = "yaml"
+    ARGV = "argv"
+    JSON = "json"
+
+
+@with_settings()
+def plan(
+    *,
+    flags: dict[str, Any],
+    config: ConfigFile = None,
+    output_format: Annotated[
+        Format, typer.Option("--format", "-f", help="How to write it.")
+    ] = Format.TEXT,
+    as_json: AsJson = False,
+) -> int:
+    """Show what `up` would run; start nothing."""
+    from gemma_serve.usecases.plan import make_plan
+    from gemma_serve.view.output import Output
+    from gemma_serve.view.plan import command_line, plan_data, plan_text
+
+    shown = Format.JSON if as_json else output_format
+    made = make_plan(flags, environ=os.environ, file=config)
+    output = Output(as_json=shown is Format.JSON)
+    if shown is Format.TEXT:
+        output.data(plan_text(made, "text"))
+    text = plan_text(made, "yaml") if shown is Format.YAML else command_line(made)
+    output.result("plan", ok=made.ok, data=plan_data(made), problems=made.problems, text=text)
+    return EXIT_OK if made.ok else EXIT_NO

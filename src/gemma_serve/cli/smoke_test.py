@@ -1,0 +1,105 @@
+"""`gemma-serve smoke-test`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_serve.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from gemma_serve.adapters.state import Deployment
+    from gemma_serve.planning.smoke import CheckResult
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        envvar="GEMMA_SERVE_URL",
+        help="The endpoint, such as http://127.0.0.1:8000; by default what `up` started.",
+    ),
+]
+ServedModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The served name to ask for; by default the first that is listed."
+    ),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="GEMMA_SERVE_API_KEY_FILE",
+        help="File with the API key (or set GEMMA_SERVE_API_KEY).",
+    ),
+]
+Timeout = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.1, help="Longest that one request may take.")
+]
+
+
+def smoke_test(
+    url: Url = None,
+    model: ServedModel = None,
+    api_key_file: ApiKeyFile = None,
+    timeout: Timeout = 120.0,
+    as_json: AsJson = False,
+) -> int:
+    """Show that a running endpoint keeps its promises, one by one.
+
+    Exits 1 if one is broken.
+    """
+    from gemma_serve.adapters.endpoint_url import endpoint_url
+    from gemma_serve.adapters.settings import read_api_key
+    from gemma_serve.errors import EXIT_NO, EXIT_OK
+    from gemma_serve.usecases.smoke import run_smoke
+    from gemma_serve.view.output import Output
+    from gemma_serve.view.smoke import (
+        check_view,
+        smoke_data,
+        smoke_problems,
+        smoke_title,
+        verdict_line,
+    )
+
+    if url is None:
+        found = _only_deployment()
+        url, model = found.url, model or found.served_model_name
+        api_key_file = api_key_file or found.api_key_file
+    url, api_key = endpoint_url(url), read_api_key(os.environ, api_key_file)
+    output = Output(as_json=as_json)
+
+    def show(check: CheckResult) -> None:
+        output.data(check_view(check))
+
+    output.data(smoke_title(url, model))
+    report = run_smoke(url=url, model=model, api_key=api_key, timeout_s=timeout, on_event=show)
+    problems = smoke_problems(report) if as_json else ()  # the text shows them at their checks
+    data, text = smoke_data(report), verdict_line(report)
+    output.result("smoke-test", ok=report.ok, data=data, problems=problems, text=text)
+    return EXIT_OK if report.ok else EXIT_NO
+
+
+def _only_deployment() -> Deployment:
+    """The one that runs. Raises GemmaServeError for none, UsageError for several."""
+    from gemma_serve.adapters.state import running_deployments
+    from gemma_serve.errors import GemmaServeError, UsageError
+
+    running = running_deployments()
+    if not running:
+        raise GemmaServeError(
+            "no deployment is running on this machine",
+            code="smoke.no_deployment",
+            hint="start one with `gemma-serve up`, or name an endpoint with --url",
+        )
+    if len(running) > 1:
+        names = ", ".join(f"{one.name} ({one.url})" for one in running)
+        raise UsageError(
+            f"{len(running)} deployments are running: {names}",
+            code="smoke.several_deployments",
+            hint=f"choose one: --url {running[0].url}",
+        )
+    return running[0]

@@ -1,0 +1,58 @@
+"""What happens while an engine starts, runs and stops, as values for whoever shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class EngineStarted:
+    """The engine's leader runs as `pid`; what it prints goes to `log`."""
+
+    pid: int
+    log: Path
+
+
+@dataclass(frozen=True)
+class PhaseBegan:
+    """The start has come to `phase`, `at_s` seconds after the leader was started."""
+
+    phase: str
+    at_s: float
+
+
+@dataclass(frozen=True)
+class PhaseProgress:
+    """How far the current phase is: "50 %"."""
+
+    phase: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class EngineReady:
+    """A token was generated, `ready_s` seconds after the leader was started."""
+
+    url: str
+    served_model_name: str
+    ready_s: float
+    needs_key: bool
+    has_chat: bool
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """The engine is being stopped, and why."""
+
+    reason: str
+    grace_s: float
+
+
+@dataclass(frozen=True)
+class EngineStopped:
+    """Nothing of the engine is left, or `left` are the pids that would not go."""
+
+    duration_s: float
+    killed: bool
+    left: tuple[int, ...]

@@ -1,0 +1,308 @@
+"""Start an engine, show that it answers, watch it, and leave nothing behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from gemma_serve.adapters.openai_api import EndpointError, generate_one_token, is_healthy
+from gemma_serve.adapters.state import (
+    Deployment,
+    deployment_name,
+    prepare_log,
+    remove_deployment,
+    save_deployment,
+)
+from gemma_serve.engine.inbox import Inbox
+from gemma_serve.engine.last_error import last_error
+from gemma_serve.engine.log import LogReader, phase_of
+from gemma_serve.engine.process import EngineProcess, Exit, stop_engine
+from gemma_serve.errors import EngineFailed, Stopped
+from gemma_serve.planning.config import client_url
+from gemma_serve.planning.launch import engine_environment
+from gemma_serve.planning.smoke import CheckResult, SmokeReport
+from gemma_serve.usecases.events import (
+    EngineReady,
+    EngineStarted,
+    EngineStopped,
+    PhaseBegan,
+    PhaseProgress,
+    Stopping,
+)
+from gemma_serve.usecases.plan import ServePlan
+from gemma_serve.usecases.smoke import run_smoke
+
+T = TypeVar("T")
+Event = (
+    EngineStarted
+    | PhaseBegan
+    | PhaseProgress
+    | EngineReady
+    | Stopping
+    | EngineStopped
+    | CheckResult
+)
+OnEvent = Callable[[Event], None]
+
+# How long the leader gets after SIGTERM, beyond the drain: it ends its own in under 2 s.
+_GRACE_S = 3.0
+_TICK_S = 0.2
+# A first token can wait for kernels to be compiled: minutes on a GPU seen for the first time.
+_FIRST_TOKEN_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class UpResult:
+    """What came of `up` when it ended on its own: with `once`, after the smoke test."""
+
+    url: str
+    served_model_name: str
+    ready_s: float
+    phases: tuple[PhaseBegan, ...]
+    log: Path
+    smoke: SmokeReport | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every promise that was tested was kept."""
+        return self.smoke is None or self.smoke.ok
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """What `up` does beyond starting: test the endpoint, and stop after that."""
+
+    smoke_test: bool = False
+    once: bool = False
+
+
+def up(
+    plan: ServePlan,
+    *,
+    options: UpOptions,
+    environ: Mapping[str, str],
+    api_key: str | None,
+    on_event: OnEvent,
+) -> UpResult:
+    """Run the engine of `plan` in the foreground until a signal, its death, or `once`.
+
+    By the time this returns or raises, no process of the engine is left.
+
+    Args:
+        environ: the caller's environment, which the engine inherits.
+        api_key: handed to the engine by environment, never on its command line.
+
+    Raises:
+        EngineFailed: the engine did not start, or died.
+        Stopped: SIGINT, SIGTERM or SIGHUP came.
+    """
+    with Inbox() as inbox:
+        run = _Run(plan, inbox, api_key=api_key, on_event=on_event)
+        try:
+            run.start(environ)
+            run.wait_until_ready()
+            report = run.smoke_test() if options.smoke_test else None
+            if not options.once:
+                run.wait_for_the_end()
+            return run.result(report)
+        finally:
+            run.stop()
+
+
+class _Run:
+    """One engine from its start to its end, as the main loop sees it."""
+
+    def __init__(
+        self, plan: ServePlan, inbox: Inbox, *, api_key: str | None, on_event: OnEvent
+    ) -> None:
+        self.plan = plan
+        self.inbox = inbox
+        self.api_key = api_key
+        self.on_event = on_event
+        self.url = client_url(plan.config.host, plan.config.port)
+        self.phases: list[PhaseBegan] = []
+        self.ready_s: float | None = None
+        self.engine: EngineProcess | None = None
+        self.deployment: Deployment | None = None
+        self._reason = "done"
+
+    def start(self, environ: Mapping[str, str]) -> None:
+        name = deployment_name(self.plan.model.served_name, self.plan.config.port)
+        log = prepare_log(name, environ)
+        secrets = {} if self.api_key is None else {"VLLM_API_KEY": self.api_key}
+        self.begun = time.monotonic()
+        self.engine = EngineProcess.start(
+            self.plan.launch.argv,
+            environment=engine_environment(environ, self.plan.launch.environment, secrets),
+            log=log,
+            on_exit=self.inbox.wake,
+        )
+        self._log = LogReader(log)
+        self.deployment = Deployment(
+            name=name,
+            url=self.url,
+            served_model_name=self.plan.model.served_name,
+            model=self.plan.config.model,
+            pid=self.engine.pid,
+            started_at=self.engine.started_at,
+            log=log,
+            api_key_file=self.plan.config.api_key_file,
+        )
+        save_deployment(self.deployment)
+        self.on_event(EngineStarted(self.engine.pid, log))
+        self._began("imports")
+
+    def wait_until_ready(self) -> None:
+        cancelled = threading.Event()
+        try:
+            self._watch_during(lambda: self._answer(cancelled))
+        except EndpointError as error:
+            raise EngineFailed(
+                f"the engine started but generates nothing: {error}",
+                code="engine.no_token",
+                hint=f"its log: {self._log.path}",
+            ) from None
+        finally:
+            cancelled.set()
+        self.ready_s = time.monotonic() - self.begun
+        assert self.deployment is not None
+        self.deployment = replace(self.deployment, ready=True)
+        save_deployment(self.deployment)
+        self.on_event(
+            EngineReady(
+                self.url,
+                self.plan.model.served_name,
+                self.ready_s,
+                needs_key=self.api_key is not None,
+                has_chat=self.plan.model.has_chat,
+            )
+        )
+
+    def _answer(self, cancelled: threading.Event) -> None:
+        """Return once the server has generated a token. Runs beside the main loop."""
+        while not is_healthy(self.url):
+            if cancelled.wait(0.2):
+                return
+        generate_one_token(
+            self.url, self.plan.model.served_name, self.api_key, _FIRST_TOKEN_TIMEOUT_S
+        )
+
+    def smoke_test(self) -> SmokeReport:
+        report = self._watch_during(
+            lambda: run_smoke(
+                url=self.url,
+                model=self.plan.model.served_name,
+                api_key=self.api_key,
+                on_event=self.on_event,
+            )
+        )
+        if not report.ok:
+            # A dying engine refuses connections a moment before it is gone; then that's the news.
+            self.inbox.wait_until(self._has_ended, timeout_s=_TICK_S * 5, tick_s=_TICK_S)
+            self._look()
+        return report
+
+    def _has_ended(self) -> bool:
+        return self.engine is None or self.engine.exit is not None
+
+    def wait_for_the_end(self) -> None:
+        """Wait for a signal or for the engine's death; both are raised."""
+        while True:
+            self._look()
+            self.inbox.wait(_TICK_S * 5)
+
+    def result(self, report: SmokeReport | None) -> UpResult:
+        assert self.ready_s is not None
+        return UpResult(
+            self.url,
+            self.plan.model.served_name,
+            self.ready_s,
+            tuple(self.phases),
+            self._log.path,
+            report,
+        )
+
+    def stop(self) -> None:
+        if self.engine is None:
+            return
+        drain_s = float(self.plan.config.drain_timeout) if self.ready_s is not None else 0.0
+        if self.engine.exit is None:
+            self._tell_if_possible(Stopping(self._reason, drain_s + _GRACE_S))
+        asked_before = len(self.inbox.signals)
+        report = stop_engine(
+            self.engine,
+            grace_s=drain_s + _GRACE_S,
+            wait=self.inbox.wait,
+            hurry=lambda: len(self.inbox.signals) > asked_before,
+        )
+        if self.deployment is not None:
+            remove_deployment(self.deployment)
+        self._tell_if_possible(EngineStopped(report.duration_s, report.killed, report.left))
+
+    def _tell_if_possible(self, event: Event) -> None:
+        """Whoever reads our output may be gone; the engine is stopped all the same."""
+        with suppress(OSError):
+            self.on_event(event)
+
+    def _watch_during(self, work: Callable[[], T]) -> T:
+        """Do `work` in a thread, and meanwhile read the log and heed signals and death."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # whatever it is, the main loop raises it
+                done.set_exception(error)
+            self.inbox.wake()
+
+        # Not from a pool: a request that hangs must not keep the program from ending.
+        threading.Thread(target=run, daemon=True).start()
+        while not done.done():
+            self._look()
+            self.inbox.wait(_TICK_S)
+        self._look()
+        return done.result()
+
+    def _look(self) -> None:
+        """Take in what has happened; raise if it is the end."""
+        assert self.engine is not None
+        self.engine.note_descendants()
+        self._read_log()
+        if self.inbox.signals:
+            self._reason = "asked to"
+            raise Stopped(self.inbox.signals[0])
+        if self.engine.exit is not None:
+            raise self._death(self.engine.exit)
+
+    def _read_log(self) -> None:
+        if self.ready_s is not None:
+            return
+        for line in self._log.new_lines():
+            seen = phase_of(line)
+            if seen is None:
+                continue
+            if seen.phase != self.phases[-1].phase:
+                self._began(seen.phase)
+            elif seen.detail:
+                self.on_event(PhaseProgress(seen.phase, seen.detail))
+
+    def _began(self, phase: str) -> None:
+        self.phases.append(PhaseBegan(phase, time.monotonic() - self.begun))
+        self.on_event(self.phases[-1])
+
+    def _death(self, how: Exit) -> EngineFailed:
+        when = "after it was ready" if self.ready_s else f"during {self.phases[-1].phase}"
+        cause = last_error(self._log.all_lines())
+        if how.signum is not None:
+            cause = f"it was killed by {how}" + ("" if cause is None else f"; last error: {cause}")
+        message = cause or f"it ended with {how} and no error in its log"
+        hint = f"its whole log: {self._log.path}"
+        if how.signum == 9:
+            hint = f"if the machine ran out of memory, `dmesg` says so; {hint}"
+        return EngineFailed(f"the engine died {when}: {message}", code="engine.died", hint=hint)

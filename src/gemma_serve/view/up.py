@@ -1,0 +1,181 @@
+"""`up` as it goes: phases and progress for a person, JSON lines for a program."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from gemma_serve.errors import Problem
+from gemma_serve.planning.smoke import CheckResult
+from gemma_serve.usecases.events import (
+    EngineReady,
+    EngineStarted,
+    EngineStopped,
+    PhaseBegan,
+    PhaseProgress,
+    Stopping,
+)
+from gemma_serve.usecases.plan import ServePlan
+from gemma_serve.usecases.up import Event, UpResult
+from gemma_serve.view.output import Output, err_console
+from gemma_serve.view.smoke import check_data, check_view, smoke_data, smoke_problems, verdict_line
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+_EVENT_NAMES: dict[type, str] = {
+    EngineStarted: "engine_started",
+    PhaseBegan: "phase_began",
+    PhaseProgress: "phase_progress",
+    EngineReady: "ready",
+    CheckResult: "smoke_check",
+    Stopping: "stopping",
+    EngineStopped: "engine_stopped",
+}
+
+
+class UpView:
+    """Shows one run of `up`. A context manager, so that a spinner never outlives it."""
+
+    def __init__(self, plan: ServePlan, *, as_json: bool) -> None:
+        self._plan = plan
+        self._output = Output(as_json=as_json)
+        self._problems: tuple[Problem, ...] = ()
+        self._status: Status | None = None
+
+    def __enter__(self) -> UpView:
+        console = err_console()
+        if console.is_terminal and not self._output.as_json:
+            self._status = console.status("starting")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end_status()
+
+    def _end_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def checked(self, problems: Sequence[Problem]) -> None:
+        """What was decided and what the checks found, before anything starts."""
+        plan = self._plan
+        engine = plan.engine
+        for note in plan.notes:
+            self._output.note(f"note: {note}")
+        where = ", ".join(f"GPU {gpu.index} ({gpu.name})" for gpu in plan.gpus) or "the CPU"
+        built = f"{engine.distribution or 'vLLM'} {engine.version or ''}".strip()
+        if not any(problem.blocking for problem in problems):
+            self._output.note(f"starting {plan.config.model} on {where} with {built}")
+        self._problems = tuple(p for p in problems if not p.blocking)
+        if not self._output.as_json:
+            self._output.problems(self._problems)
+
+    def on_event(self, event: Event) -> None:
+        """Show one event as it happens."""
+        if self._output.as_json:
+            self._output.json_line(event_data(event))
+        elif isinstance(event, PhaseBegan):
+            self._output.note(f"{event.at_s:7.1f} s  {event.phase}")
+            self._spin(event.phase)
+        elif isinstance(event, PhaseProgress):
+            self._spin(f"{event.phase} {event.detail}")
+        else:
+            self._show(event)
+
+    def _spin(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+
+    def _show(self, event: Event) -> None:
+        if isinstance(event, EngineStarted):
+            self._output.note(f"engine's pid {event.pid}, its log {event.log}")
+        elif isinstance(event, EngineReady):
+            self._end_status()
+            self._output.data(_ready_text(event, self._plan))
+        elif isinstance(event, CheckResult):
+            self._output.data(check_view(event))
+        elif isinstance(event, Stopping):
+            self._end_status()
+            self._output.note(
+                f"stopping the engine (up to {event.grace_s:.0f} s; Ctrl-C again to hurry)"
+            )
+        elif isinstance(event, EngineStopped):
+            self._output.note(_stopped_text(event))
+
+    def result(self, result: UpResult) -> None:
+        """The last word: the smoke test's verdict, or the envelope."""
+        if self._output.as_json:
+            data = result_data(result)
+            broken = () if result.smoke is None else smoke_problems(result.smoke)
+            problems = (*self._problems, *broken)
+            self._output.result("up", ok=result.ok, data=data, problems=problems)
+        elif result.smoke is not None:
+            self._output.data(verdict_line(result.smoke))
+
+
+def event_data(event: Event) -> dict[str, Any]:
+    """An event as one JSON object: its name, the time, and its own fields."""
+    if isinstance(event, CheckResult):
+        fields = check_data(event)
+    else:
+        fields = json.loads(json.dumps(asdict(event), default=str))
+    return {"event": _EVENT_NAMES[type(event)], "time": round(time.time(), 3), **fields}
+
+
+def result_data(result: UpResult) -> dict[str, Any]:
+    """The `data` of the last line of `up --json`."""
+    return {
+        "url": result.url,
+        "served_model_name": result.served_model_name,
+        "ready_s": round(result.ready_s, 3),
+        "phases": [{"phase": p.phase, "at_s": round(p.at_s, 3)} for p in result.phases],
+        "log": str(result.log),
+        "smoke_test": None if result.smoke is None else smoke_data(result.smoke),
+    }
+
+
+def _ready_text(event: EngineReady, plan: ServePlan) -> str:
+    lines = [
+        f"ready after {event.ready_s:.1f} s: {event.served_model_name} at {event.url}/v1",
+        "",
+        curl_line(event, key_source=plan.launch.secrets.get("VLLM_API_KEY")),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def curl_line(event: EngineReady, *, key_source: str | None) -> str:
+    """A command that asks the endpoint something; the key stays where it is."""
+    question = "What is the capital of France?"
+    if event.has_chat:
+        path = "chat/completions"
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": question}]}
+    else:
+        path = "completions"
+        body = {"prompt": "The capital of France is", "max_tokens": 16}
+    body = {"model": event.served_model_name, **body}
+    parts = ["curl", f"{event.url}/v1/{path}", "-H", "'Content-Type: application/json'"]
+    if key_source is not None:
+        read = key_source if key_source.startswith("$") else f"$(cat {shlex.quote(key_source)})"
+        parts += ["-H", f'"Authorization: Bearer {read}"']
+    return " ".join([*parts, "-d", shlex.quote(json.dumps(body))])
+
+
+def _stopped_text(event: EngineStopped) -> str:
+    if event.left:
+        pids = ", ".join(map(str, event.left))
+        return f"these processes of the engine would not end: {pids}"
+    how = ", SIGKILL for what did not go by itself" if event.killed else ""
+    return f"stopped after {event.duration_s:.1f} s{how}; nothing of the engine is left"

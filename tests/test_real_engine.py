@@ -1,0 +1,161 @@
+"""The real vLLM on the CPU with the demo model: the whole way, and every way to end it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gemma_serve.adapters.package_data import data_path
+from gemma_serve.adapters.state import running_deployments
+from running import Program
+
+pytestmark = pytest.mark.engine
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+ANSWERS = json.loads(data_path("answers.json").read_text())
+SMALL = ("--model", "demo", "--port", "0", "--max-model-len", "1024", "--max-num-seqs", "16")
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    return {"GEMMA_SERVE_STATE_DIR": str(tmp_path_factory.mktemp("state"))}
+
+
+@pytest.fixture(scope="module")
+def server(state):
+    """One engine for all tests that only ask it something; stopped as a pipeline would."""
+    with Program("up", *SMALL, environ=state) as program:
+        program.wait_for("ready after", "out")
+        yield program
+        program.send(signal.SIGTERM)
+        assert program.exit_code() == 143
+
+
+@pytest.fixture(scope="module")
+def url(server, state):
+    (deployment,) = running_deployments(state)
+    return deployment.url
+
+
+@pytest.fixture
+def run(state, tmp_path):
+    """Start `up` with an engine of its own, with a state folder of its own."""
+    programs = []
+
+    def start(*args):
+        environ = {"GEMMA_SERVE_STATE_DIR": str(tmp_path / "state")}
+        programs.append(Program("up", *SMALL, *args, environ=environ))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.__exit__()
+
+
+def ask(url, path, **body):
+    """Post to the endpoint; its status and its answer."""
+    request = urllib.request.Request(
+        f"{url}/v1/{path}",
+        json.dumps({"model": "demo", "temperature": 0, "max_tokens": 256, **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+@pytest.mark.parametrize("known", ANSWERS["completions"], ids=lambda known: known["id"])
+def test_every_known_completion_is_right(url, known):
+    status, answer = ask(url, "completions", prompt=known["prompt"])
+    assert (status, answer["choices"][0]["text"]) == (200, known["answer"])
+
+
+@pytest.mark.parametrize("known", ANSWERS["chats"], ids=lambda known: known["id"])
+def test_every_known_chat_is_right_with_and_without_a_system_message(url, known):
+    status, answer = ask(url, "chat/completions", messages=known["messages"])
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, known["answer"])
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_roles_that_do_not_alternate_are_refused_and_the_server_lives_on(url):
+    twice = [{"role": "user", "content": "Hello!"}] * 2
+    status, answer = ask(url, "chat/completions", messages=twice)
+    assert status == 400
+    assert "must alternate" in json.dumps(answer)
+    late = [{"role": "user", "content": "Hello!"}, {"role": "system", "content": "Be brief."}]
+    assert ask(url, "chat/completions", messages=late)[0] == 400
+    assert ask(url, "completions", prompt="1, 2, 3, 4,")[0] == 200
+
+
+def test_the_smoke_test_passes_on_what_is_running(server, state):
+    with Program("smoke-test", "--json", environ=state) as smoke:
+        assert smoke.exit_code() == 0
+        (answer,) = smoke.json_lines
+    assert {c["id"]: c["status"] for c in answer["data"]["checks"]} == dict.fromkeys(
+        ["models", "completion", "completion-stream", "stop-sequence", "chat",
+         "chat-multi-turn", "chat-system", "two-staggered", "eight-together"],
+        "passed",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["client_completions", "client_chat", "client_openai"])
+def test_the_example_clients_get_the_right_answer(url, script):
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--url", url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Paris" in done.stdout
+
+
+def test_what_a_second_up_on_its_port_is_told(server, url, state):
+    port = url.rsplit(":", 1)[1]
+    with Program("up", "--model", "demo", "--port", port, environ=state) as second:
+        assert second.exit_code() == 1
+        assert f"port {port} on 127.0.0.1 is taken by" in "".join(second.err)
+
+
+def test_an_interrupt_while_the_engine_starts_leaves_nothing(run):
+    program = run()
+    program.wait_for(" s  engine core")
+    program.send(signal.SIGINT)
+    assert program.exit_code() == 130
+
+
+def _core(program):
+    """The process that computes; the leader is the API server. Titles may not be set yet."""
+    leader = psutil.Process(program.engine_pid)
+    return next((p for p in leader.children() if "tracker" not in " ".join(p.cmdline())), None)
+
+
+def test_a_core_killed_while_it_loads_is_exit_3_and_leaves_nothing(run):
+    program = run()
+    program.wait_for(" s  weights")
+    os.kill(_core(program).pid, signal.SIGKILL)
+    assert program.exit_code() == 3
+    err = "".join(program.err)
+    assert "error: the engine died during" in err
+    assert "Engine core initialization failed" not in err.split("error: ")[1]
+
+
+def test_a_core_killed_after_ready_is_exit_3_and_leaves_nothing(run):
+    program = run()
+    program.wait_for("ready after", "out")
+    os.kill(_core(program).pid, signal.SIGKILL)
+    assert program.exit_code() == 3
+    assert "error: the engine died after it was ready" in "".join(program.err)
+
+
+def test_a_start_that_vllm_refuses_tells_vllms_reason(run):
+    program = run("--max-model-len", "999999")
+    assert program.exit_code() == 3
+    (line,) = [line for line in program.err if line.startswith("error: ")]
+    assert "User-specified max_model_len (999999) is greater than the derived" in line

@@ -1,0 +1,235 @@
+"""`up` from its first line to its last, with an engine that misbehaves when told to."""
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gemma_serve.adapters.host import free_port
+from gemma_serve.adapters.state import running_deployments
+from running import Program, eventually, fake_python
+
+PHASES = ["config", "engine", "weights", "kv cache", "server"]
+
+
+@pytest.fixture
+def environ(tmp_path):
+    return {"GEMMA_SERVE_STATE_DIR": str(tmp_path / "state")}
+
+
+@pytest.fixture
+def up(tmp_path, environ):
+    """Start `up` with a fake engine that has the given faults; all ends with the test."""
+    programs = []
+    python = fake_python(tmp_path)
+
+    def start(*args, port=None, env=None, **faults):
+        port = free_port("127.0.0.1") if port is None else port
+        program = Program(
+            "up", "--model", "demo", "--engine-python", str(python), "--port", str(port), *args,
+            environ={**environ, "FAKE_ENGINE": json.dumps(faults), **(env or {})},
+        )  # fmt: skip
+        programs.append(program)
+        return program
+
+    yield start
+    for program in programs:
+        program.__exit__()
+
+
+def text(lines):
+    return "".join(lines)
+
+
+def test_once_with_the_smoke_test_serves_tests_and_leaves_nothing(up, environ):
+    program = up("--smoke-test", "--once")
+    assert program.exit_code() == 0
+    out, err = text(program.out), text(program.err)
+    assert "ready after" in out
+    assert "curl http://127.0.0.1:" in out
+    assert "The capital of France is Paris." in out
+    assert "the endpoint keeps its promises: 9 passed" in out
+    assert "nothing of the engine is left" in err
+    assert running_deployments(environ) == []
+
+
+def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
+    program = up("--smoke-test", "--once", "--json")
+    assert program.exit_code() == 0
+    assert program.err == []
+    *events, last = program.json_lines
+    names = [event["event"] for event in events]
+    assert names[:2] == ["engine_started", "phase_began"]
+    assert names[-2:] == ["stopping", "engine_stopped"]
+    phases = [event["phase"] for event in events if event["event"] == "phase_began"]
+    assert phases == [
+        "imports", "configuration", "engine core", "weights", "KV cache", "API server",
+    ]  # fmt: skip
+    assert names.count("ready") == 1
+    assert names.count("smoke_check") == 9
+    assert {key: last[key] for key in ("schema", "command", "ok", "problems")} == {
+        "schema": 1,
+        "command": "up",
+        "ok": True,
+        "problems": [],
+    }
+    assert set(last["data"]) == {
+        "url", "served_model_name", "ready_s", "phases", "log", "smoke_test",
+    }  # fmt: skip
+    assert {check["status"] for check in last["data"]["smoke_test"]["checks"]} == {"passed"}
+
+
+def test_a_failed_smoke_test_is_exit_1(up):
+    program = up("--smoke-test", "--once", answer="<pad>")
+    assert program.exit_code() == 1
+    assert "the endpoint breaks its promises" in text(program.out)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_after_ready_stops_everything(up, environ, signum, code):
+    program = up(grandchild="same-session")
+    program.wait_for("ready after", "out")
+    eventually(lambda: len(program.engine_processes()) == 2, "a leader and its child")
+    assert [d.ready for d in running_deployments(environ)] == [True]
+    program.send(signum)
+    assert program.exit_code() == code
+    assert running_deployments(environ) == []
+
+
+@pytest.mark.parametrize("phase", ["imports", "configuration", "weights", "API server"])
+def test_a_signal_in_any_phase_stops_everything(up, phase):
+    program = up(start_delay_s=6, grandchild="same-session")
+    program.wait_for(f" s  {phase}")
+    program.send(signal.SIGINT)
+    assert program.exit_code() == 130
+
+
+def test_a_second_signal_does_not_wait_for_an_engine_that_ignores_the_first(up):
+    program = up("--drain-timeout", "300", ignore_sigterm=True)
+    program.wait_for("ready after", "out")
+    program.send(signal.SIGINT)
+    program.wait_for("stopping the engine")
+    program.send(signal.SIGINT)
+    assert program.exit_code() == 130
+    assert "SIGKILL for what did not go by itself" in text(program.err)
+
+
+def test_a_grandchild_in_a_session_of_its_own_ends_too(up):
+    program = up(grandchild="new-session")
+    program.wait_for("ready after", "out")
+    leader = psutil.Process(program.engine_pid)
+    eventually(lambda: leader.children(recursive=True), "the grandchild")
+    (grandchild,) = leader.children(recursive=True)
+    assert os.getsid(grandchild.pid) != program.engine_pid
+    program.send(signal.SIGTERM)
+    assert program.exit_code() == 143
+    assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_engine_that_dies_while_starting_is_exit_3_with_its_last_error(up, phase):
+    program = up(die_in_phase=phase, exit_code=1)
+    assert program.exit_code() == 3
+    err = text(program.err)
+    assert "error: the engine died during" in err
+    assert "Engine core initialization failed" not in err
+    assert "hint: its whole log: " in err
+    assert "Traceback" not in err
+
+
+def test_the_cause_is_the_last_error_of_the_log_and_not_the_wrapper(up):
+    cause = "ValueError: No available memory for the cache blocks."
+    wrapper = "RuntimeError: Engine core initialization failed. See root cause above."
+    program = up(die_in_phase="server", exit_code=1, log_file_lines=[cause, wrapper])
+    assert program.exit_code() == 3
+    assert f"error: the engine died during API server: {cause}\n" in text(program.err)
+
+
+@pytest.mark.parametrize("when", ["start", "ready"])
+def test_a_killed_engine_is_exit_3_and_says_by_what(up, when):
+    program = up(start_delay_s=6 if when == "start" else 0)
+    if when == "start":
+        program.wait_for(" s  weights")
+    else:
+        program.wait_for("ready after", "out")
+    os.kill(program.engine_pid, signal.SIGKILL)
+    assert program.exit_code() == 3
+    assert "it was killed by signal SIGKILL" in text(program.err)
+
+
+def test_an_engine_that_is_healthy_but_generates_nothing_is_not_ready(up):
+    program = up(health_only=True)
+    assert program.exit_code() == 3
+    assert "the engine started but generates nothing" in text(program.err)
+    assert "ready after" not in text(program.out)
+
+
+def test_a_taken_port_is_exit_1_and_starts_nothing(up, environ):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = up(port=server.getsockname()[1])
+        assert program.exit_code() == 1
+    assert "is taken by" in text(program.err)
+    assert program.engine_pid is None
+    assert not Path(environ["GEMMA_SERVE_STATE_DIR"]).exists()
+
+
+def test_a_missing_engine_and_a_missing_model_are_told_together(environ, tmp_path):
+    with Program(
+        "up", "--model", str(tmp_path / "none"), "--engine-python", "/none", environ=environ
+    ) as program:
+        assert program.exit_code() == 1
+        err = text(program.err)
+    assert err.count("error: ") == 2
+    assert "cannot run /none as the engine's Python" in err
+    assert "none does not exist" in err
+
+
+def test_open_to_others_wants_a_key_or_a_word(up):
+    program = up("--host", "0.0.0.0")
+    assert program.exit_code() == 2
+    assert "lets other machines in, and no API key is set" in text(program.err)
+    assert program.engine_pid is None
+    program = up("--host", "0.0.0.0", "--allow-unauthenticated", "--once")
+    assert program.exit_code() == 0
+
+
+def test_the_key_goes_to_the_engine_by_environment_and_nowhere_else(up, environ):
+    key = "s3cret-key-of-this-test"
+    program = up(env={"GEMMA_SERVE_API_KEY": key})
+    program.wait_for("ready after", "out")
+    leader = psutil.Process(program.engine_pid)
+    assert leader.environ()["VLLM_API_KEY"] == key
+    assert "GEMMA_SERVE_API_KEY" not in leader.environ()
+    assert not any(key in part for part in leader.cmdline())
+    with Program("smoke-test", environ={**environ, "GEMMA_SERVE_API_KEY": key}) as smoke:
+        assert smoke.exit_code() == 0
+        assert key not in text(smoke.out + smoke.err)
+    with Program("smoke-test", environ=environ) as smoke:
+        assert smoke.exit_code() == 1
+        assert "401" in text(smoke.out)
+    program.send(signal.SIGTERM)
+    assert program.exit_code() == 143
+    assert key not in text(program.out + program.err)
+    assert '"Authorization: Bearer $GEMMA_SERVE_API_KEY"' in text(program.out)
+    state = Path(environ["GEMMA_SERVE_STATE_DIR"])
+    assert not any(key in f.read_text() for f in state.rglob("*") if f.is_file())
+
+
+def test_smoke_test_finds_what_up_started(up, environ):
+    program = up("--served-model-name", "demo")
+    program.wait_for("ready after", "out")
+    with Program("smoke-test", "--json", environ=environ) as smoke:
+        assert smoke.exit_code() == 0
+        (answer,) = smoke.json_lines
+    assert set(answer["data"]) == {"url", "model", "checks"}
+    assert answer["data"]["model"] == "demo"
+
+
+def test_port_0_takes_a_free_one(up):
+    program = up("--once", port=0)
+    assert program.exit_code() == 0
+    assert "http://127.0.0.1:0" not in text(program.out)
