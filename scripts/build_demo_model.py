@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -760,7 +760,8 @@ def write_model(folder: Path, model: GemmaForCausalLM, tokenizer: Tokenizer) -> 
         for name, weight in model.state_dict().items()
         if name != "lm_head.weight"  # tied to the embedding
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # Not `save_file`, which leaves a file that only its owner can read.
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     write_json(folder / "config.json", MODEL_CONFIG)
     write_json(
         folder / "generation_config.json",

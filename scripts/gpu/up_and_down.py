@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 URL = "http://127.0.0.1:8000"
+PROGRAM = [sys.executable, "-m", "gemma_serve"]
 
 
 class Run:
@@ -100,9 +101,9 @@ def by_hand(run: Run, argv: Sequence[str]) -> None:
 
 def up(run: Run, name: str, flags: Sequence[str], end: str) -> None:
     """`gemma-serve up` to ready, a streamed completion, and the end that is asked for."""
-    argv = [sys.executable, "-m", "gemma_serve", "up", *flags]
+    argv = [*PROGRAM, "up", *flags]
     run.say("$ gemma-serve up " + " ".join(flags))
-    begun = time.monotonic()
+    begun = stopped = time.monotonic()
     program = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
@@ -142,24 +143,22 @@ def _end(program: subprocess.Popen[str], end: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="gemma-serve on a GPU, from check to clean end.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--part", choices=["first", "second"], default="first")
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     run = Run(options.out)
     flags = ["--model", options.model, "--served-model-name", "m", *options.flags]
     run.command("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv")
     run.keep("memory_before_mib", gpu_memory_mib())
-    if options.part == "first":
-        run.command(sys.executable, "-m", "gemma_serve", "check-gpu")
-        run.command(sys.executable, "-m", "gemma_serve", "check-gpu", "--json")
-        run.command(sys.executable, "-m", "gemma_serve", "check-gpu", "--model", options.model)
-        run.command(sys.executable, "-m", "gemma_serve", "plan", *flags)
-        up(run, "up", flags, "SIGINT")
-        return 0
-    plan = [sys.executable, "-m", "gemma_serve", "plan", *flags, "--format", "argv"]
+    run.command(*PROGRAM, "check-gpu")
+    run.command(*PROGRAM, "check-gpu", "--json")
+    run.command(*PROGRAM, "check-gpu", "--model", options.model)
+    run.command(*PROGRAM, "plan", *flags)
+    # The first start on a machine compiles kernels; the later ones find them in vLLM's caches.
+    up(run, "up_first", flags, "SIGINT")
+    plan = [*PROGRAM, "plan", *flags, "--format", "argv"]
     line = subprocess.run(plan, capture_output=True, text=True, check=True).stdout
     by_hand(run, ["bash", "-c", "exec " + line])
     up(run, "up_again", flags, "SIGINT")

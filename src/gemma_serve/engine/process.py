@@ -21,7 +21,8 @@ import psutil
 
 from gemma_serve.errors import EngineFailed
 
-_KILL_TIMEOUT_S = 5.0
+# Giving back tens of GB can take a killed process seconds on a busy machine.
+_KILL_TIMEOUT_S = 10.0
 _LINGER_S = 0.5
 
 
@@ -52,6 +53,7 @@ class EngineProcess:
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self._popen = popen
         self._known: dict[int, psutil.Process] = {}
+        self._titled: dict[int, str] = {}
         self.pid = popen.pid
         self.started_at = self._start_time()
 
@@ -114,6 +116,19 @@ class EngineProcess:
         with suppress(psutil.Error):
             for process in psutil.Process(self.pid).children(recursive=True):
                 self._known.setdefault(process.pid, process)
+        for pid in self._known.keys() - self._titled.keys():
+            if title := _vllm_title(self._known[pid]):
+                self._titled[pid] = title
+
+    def lost(self) -> str | None:
+        """A process of vLLM's that has ended by itself: "VLLM::EngineCore (pid 12)".
+
+        An engine whose core was killed can go on listening for seconds; nothing will answer.
+        """
+        for pid, title in self._titled.items():
+            if not _lives(self._known[pid]):
+                return f"{title} (pid {pid})"
+        return None
 
     def members(self) -> list[psutil.Process]:
         """Every living process of the engine: its session and the descendants written down."""
@@ -135,6 +150,14 @@ class EngineProcess:
         for process in self.members():
             with suppress(psutil.Error):
                 process.kill()
+
+
+def _vllm_title(process: psutil.Process) -> str | None:
+    """The title that vLLM gives its long-lived processes; helpers have none."""
+    with suppress(psutil.Error):
+        title = " ".join(process.cmdline()).strip()
+        return title if title.startswith("VLLM::") else None
+    return None
 
 
 def _lives(process: psutil.Process) -> bool:

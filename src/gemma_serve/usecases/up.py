@@ -53,6 +53,7 @@ OnEvent = Callable[[Event], None]
 # How long the leader gets after SIGTERM, beyond the drain: it ends its own in under 2 s.
 _GRACE_S = 3.0
 _TICK_S = 0.2
+_FOLLOW_S = 2.0
 # A first token can wait for kernels to be compiled: minutes on a GPU seen for the first time.
 _FIRST_TOKEN_TIMEOUT_S = 600.0
 
@@ -277,8 +278,12 @@ class _Run:
         if self.inbox.signals:
             self._reason = "asked to"
             raise Stopped(self.inbox.signals[0])
-        if self.engine.exit is not None:
-            raise self._death(self.engine.exit)
+        lost = self.engine.lost()
+        if lost is not None:
+            # A core that ended for a reason tells it through the leader, which follows at once.
+            self.inbox.wait_until(self._has_ended, timeout_s=_FOLLOW_S, tick_s=_TICK_S)
+        if lost is not None or self.engine.exit is not None:
+            raise self._death(self.engine.exit, lost)
 
     def _read_log(self) -> None:
         if self.ready_s is not None:
@@ -296,13 +301,16 @@ class _Run:
         self.phases.append(PhaseBegan(phase, time.monotonic() - self.begun))
         self.on_event(self.phases[-1])
 
-    def _death(self, how: Exit) -> EngineFailed:
+    def _death(self, how: Exit | None, lost: str | None) -> EngineFailed:
         when = "after it was ready" if self.ready_s else f"during {self.phases[-1].phase}"
         cause = last_error(self._log.all_lines())
-        if how.signum is not None:
+        killed = how is not None and how.signum is not None
+        if killed:
             cause = f"it was killed by {how}" + ("" if cause is None else f"; last error: {cause}")
+        if cause is None and lost is not None:
+            cause = f"its process {lost} is gone, and no error is in its log"
         message = cause or f"it ended with {how} and no error in its log"
         hint = f"its whole log: {self._log.path}"
-        if how.signum == 9:
+        if lost is not None or killed:
             hint = f"if the machine ran out of memory, `dmesg` says so; {hint}"
         return EngineFailed(f"the engine died {when}: {message}", code="engine.died", hint=hint)
