@@ -49,7 +49,8 @@ class Run:
 
     def command(self, *argv: str) -> int:
         """Run a command to its end, with its output in the log."""
-        self.say("$ " + " ".join(argv))
+        shown = " ".join(argv).replace(" ".join(PROGRAM), "gemma-serve")
+        self.say("$ " + shown.replace(f"{sys.executable} {ROOT}/", "python "))
         done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.say(done.stdout.rstrip() + f"\n[exit code {done.returncode}]\n")
         return done.returncode
@@ -118,10 +119,12 @@ def up(run: Run, name: str, flags: Sequence[str], end: str) -> None:
         if end == "SIGINT":
             client = str(ROOT / "scripts" / "client_completions.py")
             run.command(sys.executable, client, "--url", URL)
-            run.keep(
-                "smoke_test_exit", run.command(sys.executable, "-m", "gemma_serve", "smoke-test")
+            run.keep(f"{name}_smoke_test_exit", run.command(*PROGRAM, "smoke-test"))
+            run.command(*PROGRAM, "check-gpu")
+            concepts = str(ROOT / "scripts" / "measure_concepts.py")
+            run.command(
+                sys.executable, concepts, "--prefix-tokens", "4096", "--vocabulary", "250000"
             )
-            run.command(sys.executable, "-m", "gemma_serve", "check-gpu")
         stopped = time.monotonic()
         _end(program, end)
         run.say(f"[{end}]")

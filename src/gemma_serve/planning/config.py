@@ -93,8 +93,8 @@ class ServeConfig(BaseModel):
 
 def arg_name(name: str) -> str:
     """vLLM's long name of a flag: `--enable_lora` and `enable-lora` are `enable-lora`."""
-    head, dot, rest = name.strip().lstrip("-").partition(".")
-    return head.replace("_", "-") + dot + rest
+    head, dot, rest = name.strip().partition(".")
+    return head.replace("_", "-").lstrip("-") + dot + rest
 
 
 def _checked_arg(name: str) -> str:

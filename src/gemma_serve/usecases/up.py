@@ -53,7 +53,7 @@ OnEvent = Callable[[Event], None]
 # How long the leader gets after SIGTERM, beyond the drain: it ends its own in under 2 s.
 _GRACE_S = 3.0
 _TICK_S = 0.2
-_FOLLOW_S = 2.0
+_FOLLOW_S = 1.0
 # A first token can wait for kernels to be compiled: minutes on a GPU seen for the first time.
 _FIRST_TOKEN_TIMEOUT_S = 600.0
 

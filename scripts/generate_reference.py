@@ -1,0 +1,101 @@
+# ruff: noqa: E501  # the tables of the page are as wide as they are
+"""Write docs/configuration.md from the table of settings and the configuration model.
+
+    python scripts/generate_reference.py [--check]
+
+With --check nothing is written, and the exit code is 1 where the file is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from gemma_serve.planning.config import ServeConfig
+from gemma_serve.planning.settings import SETTINGS, Setting
+
+TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
+HEAD = """\
+# Settings
+
+<!-- Written by scripts/generate_reference.py; a test compares. -->
+
+Every setting of a deployment can be given in three places. The strongest wins:
+
+1. a flag: `--max-model-len 8192`
+2. an environment variable: `GEMMA_SERVE_MAX_MODEL_LEN=8192`
+3. a YAML file named with `--config` (or `GEMMA_SERVE_CONFIG`): `max_model_len: 8192`
+
+What is set nowhere is chosen for the machine, or has the default below. `gemma-serve plan` shows
+each value and where it came from. The names are vLLM's own wherever vLLM has the setting. Sizes
+and token counts may be written as vLLM reads them: `512M` and `8K` are powers of 1024, `512m` and
+`8k` powers of 1000. Paths are relative to the current folder.
+
+| setting | flag | variable | default | what it does |
+|---|---|---|---|---|
+"""
+TAIL = """
+## Flags of vLLM that have no setting here
+
+`--engine-arg KEY=VALUE` passes any other flag on, as often as needed: `--engine-arg seed=7`,
+`--engine-arg enable-prefix-caching` (a switch), `--engine-arg async-scheduling=false`
+(`--no-async-scheduling`). In a file, lists are spread out and mappings become JSON:
+
+```yaml
+engine_args:
+  seed: 7
+  limit-mm-per-prompt: {image: 2}
+```
+
+In the environment they are one JSON object: `GEMMA_SERVE_ENGINE_ARGS='{"seed": 7}'`. Entries from
+several places are merged one by one. A flag that is a setting above is refused, so that no value
+has two homes.
+
+## Not settings
+
+| variable | what it does |
+|---|---|
+| `GEMMA_SERVE_API_KEY` | the key that clients must send; goes to vLLM by environment, never on a command line. `VLLM_API_KEY` works too. A file named by `--api-key-file` wins over both |
+| `GEMMA_SERVE_URL` | the endpoint for `smoke-test` |
+| `GEMMA_SERVE_CONFIG` | the YAML file for `--config` |
+| `GEMMA_SERVE_STATE_DIR` | where deployments and their logs are kept; by default the platform's state folder, `~/.local/state/gemma-serve` on Linux |
+| `GEMMA_SERVE_ENGINE` | the engine for `./scripts/install`: `auto`, `gpu`, `cpu` or `none` |
+| `CUDA_VISIBLE_DEVICES` | the GPUs that count, by index in PCI order or by UUID |
+| `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` | as `hf` reads them |
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    return HEAD + "".join(map(_row, SETTINGS)) + TAIL
+
+
+def _row(setting: Setting) -> str:
+    flag = f"{setting.flag} {setting.metavar}".strip()
+    if setting.kind == "switch":
+        flag = f"{setting.flag}, --no-{setting.flag[2:]}"
+    default = ServeConfig.model_fields[setting.name].get_default(call_default_factory=True)
+    shown = "" if default in (None, {}) else f"`{str(default).lower()}`"
+    if setting.name == "model":
+        shown = ""
+    cells = [f"`{setting.name}`", f"`{flag}`", f"`{setting.variable}`", shown, setting.help]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description="Write docs/configuration.md.")
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        if TARGET.read_text() == reference():
+            return 0
+        print("docs/configuration.md is out of date: run python scripts/generate_reference.py")
+        return 1
+    TARGET.write_text(reference())
+    print(f"wrote {TARGET.name}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
