@@ -64,7 +64,7 @@ def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
     *events, last = program.json_lines
     names = [event["event"] for event in events]
     assert names[:2] == ["engine_started", "phase_began"]
-    assert names[-2:] == ["stopping", "engine_stopped"]
+    assert names[-3:] == ["smoke_test", "stopping", "engine_stopped"]
     phases = [event["phase"] for event in events if event["event"] == "phase_began"]
     assert phases == [
         "imports", "configuration", "engine core", "weights", "KV cache", "API server",

@@ -51,8 +51,8 @@ TOGETHER_TOKENS = 64
 _ANSWER_TOKENS = 64
 _KNOWN_ANSWER_TOKENS = 256
 _STAGGERED_TOKENS = (64, 512)
-# The first of the two staggered requests is to run for three times the stagger.
-_STAGGERED_S = 3 * STAGGER_S
+# The first of the two staggered requests is to run for six times the stagger, by the pace so far.
+_STAGGERED_S = 6 * STAGGER_S
 _EIGHT = ("france", "italy", "spain", "portugal", "germany", "japan", "egypt", "greece")
 
 

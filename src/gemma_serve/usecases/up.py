@@ -47,6 +47,7 @@ Event = (
     | Stopping
     | EngineStopped
     | CheckResult
+    | SmokeReport
 )
 OnEvent = Callable[[Event], None]
 
@@ -207,6 +208,7 @@ class _Run:
             # A dying engine refuses connections a moment before it is gone; then that's the news.
             self.inbox.wait_until(self._has_ended, timeout_s=_TICK_S * 5, tick_s=_TICK_S)
             self._look()
+        self.on_event(report)
         return report
 
     def _has_ended(self) -> bool:

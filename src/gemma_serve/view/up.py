@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gemma_serve.errors import Problem
-from gemma_serve.planning.smoke import CheckResult
+from gemma_serve.planning.smoke import CheckResult, SmokeReport
 from gemma_serve.usecases.events import (
     EngineReady,
     EngineStarted,
@@ -34,6 +34,7 @@ _EVENT_NAMES: dict[type, str] = {
     PhaseProgress: "phase_progress",
     EngineReady: "ready",
     CheckResult: "smoke_check",
+    SmokeReport: "smoke_test",
     Stopping: "stopping",
     EngineStopped: "engine_stopped",
 }
@@ -106,6 +107,8 @@ class UpView:
             self._output.data(_ready_text(event, self._plan))
         elif isinstance(event, CheckResult):
             self._output.data(check_view(event))
+        elif isinstance(event, SmokeReport):
+            self._output.data(verdict_line(event))
         elif isinstance(event, Stopping):
             self._end_status()
             self._output.note(
@@ -115,20 +118,19 @@ class UpView:
             self._output.note(_stopped_text(event))
 
     def result(self, result: UpResult) -> None:
-        """The last word: the smoke test's verdict, or the envelope."""
+        """The last line for a program; a person has seen it all."""
         if self._output.as_json:
-            data = result_data(result)
             broken = () if result.smoke is None else smoke_problems(result.smoke)
             problems = (*self._problems, *broken)
-            self._output.result("up", ok=result.ok, data=data, problems=problems)
-        elif result.smoke is not None:
-            self._output.data(verdict_line(result.smoke))
+            self._output.result("up", ok=result.ok, data=result_data(result), problems=problems)
 
 
 def event_data(event: Event) -> dict[str, Any]:
     """An event as one JSON object: its name, the time, and its own fields."""
     if isinstance(event, CheckResult):
         fields = check_data(event)
+    elif isinstance(event, SmokeReport):
+        fields = {"url": event.url, "model": event.model, "ok": event.ok}
     else:
         fields = json.loads(json.dumps(asdict(event), default=str))
     return {"event": _EVENT_NAMES[type(event)], "time": round(time.time(), 3), **fields}
