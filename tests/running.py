@@ -107,6 +107,12 @@ class Program:
         """Send a signal to the program alone."""
         self.popen.send_signal(signum)
 
+    def close_streams(self) -> None:
+        """Stop reading: what it writes from now on has nowhere to go."""
+        for stream in (self.popen.stdout, self.popen.stderr):
+            assert stream is not None
+            os.dup2(os.open(os.devnull, os.O_RDONLY), stream.fileno())
+
     def exit_code(self) -> int:
         """Wait for the end; nothing of its engine may be left by then."""
         code = self.popen.wait(PATIENCE_S * 2)

@@ -85,10 +85,10 @@ def test_engine_args_are_merged_one_by_one():
             ),
         ),
         (
-            flag(dtype="half"),
+            flag(dtype="int8"),
             Problem(
                 "config.invalid_value",
-                "`dtype` is 'half' (flag --dtype), but it should be 'auto', 'bfloat16', "
+                "`dtype` is 'int8' (flag --dtype), but it should be 'auto', 'bfloat16', "
                 "'float16' or 'float32'",
                 "--dtype TYPE: auto, bfloat16, float16 or float32. Default: auto.",
             ),
@@ -115,18 +115,47 @@ def test_every_wrong_value_is_told_at_once():
 @pytest.mark.parametrize(
     "name",
     ["port", "--port", "max_model_len", "max-model", "no-enforce-eager", "shutdown-timeout",
-     "gpus", "profile", "tp", "tensor-parallel", "model", "kv-cache-memory"],
+     "gpus", "profile", "tensor-parallel", "model", "kv-cache-memory", "hos", "por", "gpu",
+     "no-enf", "device-memory-utilization", "device-mem"],
 )  # fmt: skip
 def test_an_engine_arg_that_is_ours_is_refused_and_points_to_our_flag(name):
     (problem,) = problems_of(Layer("flag", {"engine_args": {name: "1"}}))
     assert "is a setting of gemma-serve itself: use --" in problem.message
 
 
-@pytest.mark.parametrize("name", ["api-key", "api_key", "hf-token"])
+@pytest.mark.parametrize("name", ["api-key", "api_key", "hf-token", "hf-t", "hf-tok", "api-k"])
 def test_a_secret_is_refused_as_an_engine_arg_and_not_shown(name):
     (problem,) = problems_of(Layer("flag", {"engine_args": {name: "s3cret"}}))
     assert "would put a secret on the engine's command line" in problem.message
     assert "s3cret" not in problem.message + problem.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("uds", "would move or wrap the endpoint"),
+        ("ssl-certfile", "would move or wrap the endpoint"),
+        ("headless", "would move or wrap the endpoint"),
+        ("tp", "is a short form"),
+        ("-q", "is a short form"),
+    ],
+)
+def test_an_engine_arg_that_could_not_work_is_refused(name, reason):
+    (problem,) = problems_of(Layer("flag", {"engine_args": {name: "1"}}))
+    assert reason in problem.message
+
+
+def test_a_switch_is_no_number_and_vllms_short_dtypes_are_taken():
+    layer = Layer("file", {"port": True, "max_num_seqs": True, "gpus": True})
+    named = [p.message.split("`")[1] for p in problems_of(layer)]
+    assert set(named) == {"port", "max_num_seqs", "gpus"}
+    assert resolve([flag(dtype="half")]).config.dtype == "float16"
+
+
+def test_paths_mean_the_same_from_every_folder():
+    config = resolve([flag(api_key_file="key", engine_python="./py")]).config
+    assert (config.api_key_file, config.engine_python) == (Path.cwd() / "key", Path.cwd() / "py")
+    assert resolve([flag(engine_python="python3.12")]).config.engine_python == Path("python3.12")
 
 
 @pytest.mark.parametrize("name", ["seed", "load-format", "block-size", "compilation-config.mode"])
@@ -176,6 +205,8 @@ def test_there_are_configs():
     [
         ("port: [1", "line 1 is not valid YAML"),
         ("- port", "holds list, but a mapping of settings was wanted"),
+        ("port: 1\nport: 2", "line 2 is not valid YAML: the key `port` is there twice"),
+        ("max-model-len: 1\nmax_model_len: 2", "sets the same thing twice"),
         ("api_key: s3cret", "holds an API key, which does not belong into a configuration file"),
     ],
 )

@@ -159,7 +159,8 @@ def test_a_core_killed_after_ready_is_exit_3_and_leaves_nothing(run):
     program.wait_for("ready after", "out")
     os.kill(_core(program).pid, signal.SIGKILL)
     assert program.exit_code() == 3
-    assert "error: the engine died after it was ready" in "".join(program.err)
+    # vLLM's own leader takes seconds to notice; the sentence shows that we did not wait for it.
+    assert "its process VLLM::EngineCore (pid" in "".join(program.err)
 
 
 def test_a_start_that_vllm_refuses_tells_vllms_reason(run):

@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fake_engine import serving
 from gemma_serve.adapters.host import free_port
 from gemma_serve.adapters.state import running_deployments
-from running import Program, eventually, fake_python
+from running import Program, eventually, fake_python, session_of
 
 PHASES = ["config", "engine", "weights", "kv cache", "server"]
 
@@ -97,7 +98,7 @@ def test_a_signal_after_ready_stops_everything(up, environ, signum, code):
     assert [d.ready for d in running_deployments(environ)] == [True]
     program.send(signum)
     assert program.exit_code() == code
-    assert running_deployments(environ) == []
+    assert not list(Path(environ["GEMMA_SERVE_STATE_DIR"]).rglob("deployment.json"))
 
 
 @pytest.mark.parametrize("phase", ["imports", "configuration", "weights", "API server"])
@@ -217,6 +218,76 @@ def test_the_key_goes_to_the_engine_by_environment_and_nowhere_else(up, environ)
     assert '"Authorization: Bearer $GEMMA_SERVE_API_KEY"' in text(program.out)
     state = Path(environ["GEMMA_SERVE_STATE_DIR"])
     assert not any(key in f.read_text() for f in state.rglob("*") if f.is_file())
+
+
+def test_a_signal_under_json_still_ends_with_the_envelope(up):
+    program = up("--json")
+    program.wait_for('"event": "ready"', "out")
+    program.send(signal.SIGTERM)
+    assert program.exit_code() == 143
+    assert program.json_lines[-1] == {
+        "schema": 1,
+        "command": "up",
+        "ok": False,
+        "data": {},
+        "problems": [{"code": "stopped", "message": "stopped by SIGTERM", "hint": ""}],
+    }
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_an_engine_is_stopped_though_nobody_reads_any_more(up, environ, form):
+    program = up(*form, grandchild="same-session")
+    program.wait_for("ready", "out")
+    leader = program.engine_pid
+    program.close_streams()
+    program.send(signal.SIGINT)
+    assert program.popen.wait(60) in (1, 130)
+    assert session_of(leader) == []
+    assert not list(Path(environ["GEMMA_SERVE_STATE_DIR"]).rglob("deployment.json"))
+
+
+def test_two_on_one_port_the_second_is_refused_and_the_first_is_left_alone(up, environ):
+    port = free_port("127.0.0.1")
+    first = up(port=port, start_delay_s=3)
+    first.wait_for("engine's pid")
+    second = up(port=port)
+    assert second.exit_code() == 1
+    assert f"another `gemma-serve up` is using port {port}" in text(second.err)
+    first.wait_for("ready after", "out")
+    assert [d.url for d in running_deployments(environ)] == [f"http://127.0.0.1:{port}"]
+    first.send(signal.SIGTERM)
+    assert first.exit_code() == 143
+
+
+def test_somebody_elses_answer_on_the_port_is_not_ours(up):
+    port = free_port("127.0.0.1")
+    program = up(port=port, start_delay_s=4)
+    program.wait_for(" s  imports")
+    with serving(None, "--port", str(port), "--served-model-name", "demo"):
+        assert program.exit_code() == 3
+    assert "ready after" not in text(program.out)
+
+
+def test_smoke_test_while_it_starts_says_so(up, environ):
+    program = up(start_delay_s=20)
+    program.wait_for("engine's pid")
+    with Program("smoke-test", environ=environ) as smoke:
+        assert smoke.exit_code() == 1
+        assert "is still starting" in text(smoke.err)
+    program.send(signal.SIGINT)
+    assert program.exit_code() == 130
+
+
+def test_what_nohup_lets_us_ignore_is_ignored(up, environ):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = up()
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    program.wait_for("ready after", "out")
+    program.send(signal.SIGHUP)
+    program.send(signal.SIGTERM)
+    assert program.exit_code() == 143
 
 
 def test_smoke_test_finds_what_up_started(up, environ):

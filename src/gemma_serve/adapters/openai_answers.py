@@ -161,7 +161,7 @@ class StreamParts:
             raise EndpointError(
                 f"the stream ended after {len(self._texts)} events, before its answer was whole",
                 kind="cut",
-                hint="the engine's log says why: `gemma-serve logs`",
+                hint="the engine's log says why; `gemma-serve up` tells where it is",
             )
         return StreamedAnswer(
             text="".join(self._texts),

@@ -16,6 +16,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 
 from gemma_serve.adapters.endpoint_url import endpoint_url, is_local
 from gemma_serve.adapters.openai_answers import (
@@ -88,10 +89,6 @@ class Endpoint:
         traceback: TracebackType | None,
     ) -> None:
         await self._http.aclose()
-
-    async def health(self) -> None:
-        """Return if `/health` says 200."""
-        await self._request("GET", "/health")
 
     async def list_models(self) -> tuple[ServedModel, ...]:
         """The models that the endpoint serves, in its order."""
@@ -203,10 +200,16 @@ def _client_options(url: str, api_key: str | None, timeout_s: float) -> dict[str
         "headers": {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()},
         "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
         # A proxy variable must not divert what is meant for this machine.
-        "trust_env": not is_local(urlsplit(url).hostname or ""),
+        "trust_env": not _is_here(urlsplit(url).hostname or ""),
         # Reading the certificate store takes 20 ms, and plain HTTP has no use for it.
         "verify": url.startswith("https:"),
     }
+
+
+def _is_here(host: str) -> bool:
+    """Whether `host` is this machine, by one of its addresses."""
+    addresses = (a.address for several in psutil.net_if_addrs().values() for a in several)
+    return is_local(host) or host in addresses
 
 
 def _body(model: str, sampling: Sampling, **question: Any) -> dict[str, Any]:
@@ -238,19 +241,19 @@ def _our_errors(url: str, timeout_s: float, api_key: str | None) -> Iterator[Non
         raise EndpointError(
             f"cannot reach {url}: {shorten(str(error)) or 'no connection in time'}",
             kind="unreachable",
-            hint="is the server running? `gemma-serve status` lists those of this machine",
+            hint="is the server running there? `gemma-serve up` starts one",
         ) from None
     except (TimeoutError, httpx.TimeoutException):
         raise EndpointError(
             f"{url} did not answer within {timeout_s:g} s",
             kind="timeout",
-            hint="the engine may hang (`gemma-serve logs`), or be slow: allow more with --timeout",
+            hint="the engine may hang (see its log), or be slow: allow more with --timeout",
         ) from None
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
         raise EndpointError(
             f"{url} closed the connection before its answer was whole: {shorten(str(error))}",
             kind="cut",
-            hint="the engine may have died: `gemma-serve logs`",
+            hint="the engine may have died; its log says why",
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError) as error:
         # UnicodeDecodeError is a ValueError: a stream that is not UTF-8.

@@ -115,6 +115,12 @@ def read_file(path: Path) -> FoundSettings:
             f"or set {API_KEY_VARIABLE}",
         )
     values = {str(name).replace("-", "_"): item for name, item in value.items()}
+    if len(values) < len(value):
+        raise UsageError(
+            f"{path} sets the same thing twice, once with dashes and once with underscores",
+            code="config.unreadable_file",
+            hint="keep one of the two lines",
+        )
     present = {name: item for name, item in values.items() if item is not None}
     return FoundSettings(present, dict.fromkeys(present, str(path)))
 
@@ -122,8 +128,20 @@ def read_file(path: Path) -> FoundSettings:
 def _parse_yaml(text: str, origin: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML's own takes the last of two equal keys, and nobody hears of the first."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    problem = f"the key `{key.value}` is there twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""

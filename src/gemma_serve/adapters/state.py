@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import psutil
 
 from gemma_serve.adapters.settings import STATE_DIR_VARIABLE
-from gemma_serve.errors import UsageError
+from gemma_serve.errors import GemmaServeError, UsageError
 
 _RECORD = "deployment.json"
 _LOG = "engine.log"
@@ -49,7 +51,7 @@ def deployments_dir(environ: Mapping[str, str] | None = None) -> Path:
     """The folder of all deployments; `GEMMA_SERVE_STATE_DIR` moves it."""
     chosen = (os.environ if environ is None else environ).get(STATE_DIR_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser() / "deployments"
+        return Path(chosen).expanduser().absolute() / "deployments"
     import platformdirs
 
     return platformdirs.user_state_path("gemma-serve") / "deployments"
@@ -83,17 +85,50 @@ def save_deployment(deployment: Deployment) -> None:
     text = json.dumps(asdict(deployment), default=str, indent=1)
     try:
         # mkstemp's files are 0600 from the start.
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".deployment-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(folder / _RECORD)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".deployment-")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            temporary.replace(folder / _RECORD)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from None
 
 
 def remove_deployment(deployment: Deployment) -> None:
-    """Forget a deployment that ended; its log stays."""
-    (deployment.log.parent / _RECORD).unlink(missing_ok=True)
+    """Forget a deployment that ended; its log stays, and so does a record of another process."""
+    record = deployment.log.parent / _RECORD
+    found = _load(record)
+    if found is None or found.pid == deployment.pid:
+        record.unlink(missing_ok=True)
+
+
+@contextmanager
+def claim_port(port: int, environ: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Keep others of ours off `port` while the engine, which binds it late, is starting.
+
+    Raises:
+        GemmaServeError: another `up` has claimed it.
+        UsageError: the state folder can't be written.
+    """
+    folder = deployments_dir(environ)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / f"port-{port}.lock").open("w")
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise GemmaServeError(
+                f"another `gemma-serve up` is using port {port}",
+                code="port.in_use",
+                hint="use another port: --port 0 takes any that is free",
+            ) from None
+        yield
 
 
 def running_deployments(environ: Mapping[str, str] | None = None) -> list[Deployment]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -53,6 +56,19 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; the only place that turns errors into one."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # An answer may hold what the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run(args)
+    except BrokenPipeError:
+        # Whoever read our output has gone; without this, Python complains at its own end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_NO
+
+
+def _run(args: list[str]) -> int:
     try:
         code = app(args, prog_name="gemma-serve", standalone_mode=False)
         sys.stdout.flush()
@@ -62,11 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         return _end(args, _usage_error(error, args))
     except (KeyboardInterrupt, typer.Abort):
-        return 128 + signal.SIGINT
+        return _end(args, Stopped(signal.SIGINT))
     except BrokenPipeError:
-        # Whoever read our output has gone; without this, Python complains at its own end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_NO
+        raise
     except Exception as error:
         return _end(args, _internal_error(error))
 
@@ -75,13 +89,22 @@ def _end(args: Sequence[str], error: GemmaServeError) -> int:
     """Report an error that ended a command, as the envelope where JSON was asked for."""
     if os.environ.get("GEMMA_SERVE_DEBUG"):
         traceback.print_exception(error)
-    as_json = "--json" in args
+    as_json = _wants_json(args)
     # Who asked us to stop knows it; a program that reads JSON still gets its last line.
     if as_json or not isinstance(error, Stopped):
         from gemma_serve.view.output import Output
 
-        Output(as_json=as_json).result(_command(args), ok=False, data={}, problems=error.problems)
+        with suppress(BrokenPipeError):
+            output = Output(as_json=as_json)
+            output.result(_command(args), ok=False, data={}, problems=error.problems)
     return error.shell_code if isinstance(error, Stopped) else error.exit_code
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    """Whether the answer is read by a program, told from arguments that may not even parse."""
+    pairs = itertools.pairwise(args)
+    spelled = {"--format=json", "-fjson", "--json"} & set(args)
+    return bool(spelled) or any(pair in (("-f", "json"), ("--format", "json")) for pair in pairs)
 
 
 def _internal_error(error: Exception) -> GemmaServeError:

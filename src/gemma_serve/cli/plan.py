@@ -34,13 +34,13 @@ def plan(
     """Show what `up` would run; start nothing."""
     from gemma_serve.usecases.plan import make_plan
     from gemma_serve.view.output import Output
-    from gemma_serve.view.plan import command_line, plan_data, plan_text
+    from gemma_serve.view.plan import command_line, plan_data, plan_table, plan_yaml
 
     shown = Format.JSON if as_json else output_format
     made = make_plan(flags, environ=os.environ, file=config)
     output = Output(as_json=shown is Format.JSON)
     if shown is Format.TEXT:
-        output.data(plan_text(made, "text"))
-    text = plan_text(made, "yaml") if shown is Format.YAML else command_line(made)
+        output.data(plan_table(made))
+    text = plan_yaml(made) if shown is Format.YAML else command_line(made)
     output.result("plan", ok=made.ok, data=plan_data(made), problems=made.problems, text=text)
     return EXIT_OK if made.ok else EXIT_NO

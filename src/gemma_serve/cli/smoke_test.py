@@ -53,7 +53,7 @@ def smoke_test(
     Exits 1 if one is broken.
     """
     from gemma_serve.adapters.endpoint_url import endpoint_url
-    from gemma_serve.adapters.settings import read_api_key
+    from gemma_serve.adapters.settings import API_KEY_VARIABLE, read_api_key
     from gemma_serve.errors import EXIT_NO, EXIT_OK
     from gemma_serve.usecases.smoke import run_smoke
     from gemma_serve.view.output import Output
@@ -68,7 +68,8 @@ def smoke_test(
     if url is None:
         found = _only_deployment()
         url, model = found.url, model or found.served_model_name
-        api_key_file = api_key_file or found.api_key_file
+        if api_key_file is None and not os.environ.get(API_KEY_VARIABLE):
+            api_key_file = found.api_key_file
     url, api_key = endpoint_url(url), read_api_key(os.environ, api_key_file)
     output = Output(as_json=as_json)
 
@@ -101,5 +102,11 @@ def _only_deployment() -> Deployment:
             f"{len(running)} deployments are running: {names}",
             code="smoke.several_deployments",
             hint=f"choose one: --url {running[0].url}",
+        )
+    if not running[0].ready:
+        raise GemmaServeError(
+            f"{running[0].name} is still starting",
+            code="smoke.starting",
+            hint="wait until `up` says ready; or let it test by itself: `up --smoke-test`",
         )
     return running[0]

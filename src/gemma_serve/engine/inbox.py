@@ -31,7 +31,9 @@ class Inbox:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         for signum in _CAUGHT:
-            self._former[signum] = signal.signal(signum, self._note)
+            # What is ignored stays so: `nohup` does that with SIGHUP, shells with SIGINT behind &.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._former[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(
@@ -54,7 +56,7 @@ class Inbox:
         """End the current or the next `wait` at once. Any thread may call it."""
         try:
             os.write(self._write, b"\0")
-        except (BlockingIOError, OSError):
+        except OSError:
             return  # full: the wait ends anyway; closed: nobody waits any more
 
     def wait(self, timeout_s: float) -> None:

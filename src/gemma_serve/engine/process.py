@@ -83,14 +83,20 @@ class EngineProcess:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise EngineFailed(
-                f"cannot run {argv[0]}: {error.strerror}",
+                f"cannot run {argv[0]}: {reason}",
                 code="engine.not_runnable",
                 hint="name the Python that has vLLM with --engine-python",
             ) from None
-        engine = cls(popen)
-        threading.Thread(target=engine._wait_then, args=(on_exit,), daemon=True).start()
+        try:
+            engine = cls(popen)
+            threading.Thread(target=engine._wait_then, args=(on_exit,), daemon=True).start()
+        except BaseException:
+            popen.kill()
+            popen.wait()
+            raise
         return engine
 
     def _wait_then(self, on_exit: Callable[[], None]) -> None:
@@ -139,6 +145,16 @@ class EngineProcess:
                 if os.getsid(pid) == self.pid:
                     found.setdefault(pid, psutil.Process(pid))
         return [process for process in found.values() if _lives(process)]
+
+    def listens_on(self, port: int) -> bool:
+        """Whether it is a process of this engine that listens on `port`."""
+        for process in self.members():
+            with suppress(psutil.Error):
+                for connection in process.net_connections("tcp"):
+                    listens = connection.status == psutil.CONN_LISTEN
+                    if listens and connection.laddr[1:2] == (port,):
+                        return True
+        return False
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the leader alone: it ends its own children in order."""

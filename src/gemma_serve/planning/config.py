@@ -21,7 +21,16 @@ _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**2
 _UNITS["T"] = 2**40
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT])(?:i?B)?")
 
-SECRET_ARGS = frozenset({"api-key", "hf-token"})
+# What would put a secret on the engine's command line.
+_SECRET_FLAGS = ("api-key", "hf-token")
+# Other names that vLLM's parser has for what a setting of ours sets.
+_OTHER_NAMES = {
+    "tensor_parallel_size": ("tp",),
+    "gpu_memory_utilization": ("device-memory-utilization",),
+    "drain_timeout": ("shutdown-timeout",),
+}
+# With these the server would listen elsewhere or speak otherwise than `up` and clients expect.
+_MOVE_THE_ENDPOINT = ("uds", "ssl", "headless", "grpc", "root-path", "config")
 _SETTINGS_BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
@@ -32,8 +41,20 @@ def parse_count(value: object) -> object:
     return value
 
 
+def _no_switch(value: object) -> object:
+    """YAML's `true` is not the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return parse_count(value)
+
+
+def _dtype(value: object) -> object:
+    """vLLM's own short names."""
+    return {"half": "float16", "float": "float32"}.get(str(value), value)
+
+
 def _as_list(value: object) -> object:
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return (str(value),)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -42,12 +63,19 @@ def _as_list(value: object) -> object:
     return value
 
 
-def _expand_user(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) else value
+def _absolute(value: object) -> object:
+    """A path that means the same from every folder."""
+    return Path(value).expanduser().absolute() if isinstance(value, str) else value
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
-UserPath = Annotated[Path, BeforeValidator(_expand_user)]
+def _program(value: object) -> object:
+    """A path as above; a bare name is left to be found in PATH."""
+    return _absolute(value) if isinstance(value, str) and "/" in value else value
+
+
+Count = Annotated[int, BeforeValidator(_no_switch), Field(ge=1)]
+UserPath = Annotated[Path, BeforeValidator(_absolute)]
+Program = Annotated[Path, BeforeValidator(_program)]
 Name = Annotated[str, Field(min_length=1)]
 EngineArg = bool | int | float | str | list[Any] | dict[str, Any]
 
@@ -64,25 +92,27 @@ class ServeConfig(BaseModel):
     revision: Name | None = None
     served_model_name: Name | None = None
     host: Name = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    port: Annotated[int, BeforeValidator(_no_switch), Field(ge=0, le=65535)] = 8000
+    tensor_parallel_size: Count = 1
     gpus: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)] | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_memory_bytes: Count | None = None
     max_model_len: Count | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_dtype)] = (
+        "auto"
+    )
     quantization: Name | None = None
     kv_cache_dtype: Name = "auto"
     enforce_eager: bool = False
     language_model_only: bool = False
     profile: Literal["exact"] = "exact"
-    engine_python: UserPath | None = None
+    engine_python: Program | None = None
     download_dir: UserPath | None = None
     api_key_file: UserPath | None = None
     allow_unauthenticated: bool = False
-    drain_timeout: Annotated[int, Field(ge=0)] = 0
+    drain_timeout: Annotated[int, BeforeValidator(_no_switch), Field(ge=0)] = 0
     engine_args: dict[str, EngineArg] = Field(default_factory=dict)
 
     @field_validator("engine_args")
@@ -107,7 +137,9 @@ def _checked_arg(name: str) -> str:
     if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9-]*(\..+)?", spelled):
         raise ValueError(f"`{name}` is not the name of a flag")
     bare = spelled.removeprefix("no-")
-    if bare in SECRET_ARGS:
+    if len(bare) < 3:
+        raise ValueError(f"`{spelled}` is a short form, use the flag's long name")
+    if any(flag.startswith(bare) for flag in _SECRET_FLAGS):
         raise ValueError(
             f"`{bare}` would put a secret on the engine's command line; "
             "use GEMMA_SERVE_API_KEY or --api-key-file for the key, HF_TOKEN for the token"
@@ -115,16 +147,17 @@ def _checked_arg(name: str) -> str:
     owner = next((s for s in SETTINGS if _sets(bare, s)), None)
     if owner is not None:
         raise ValueError(f"`{spelled}` is a setting of gemma-serve itself: use {owner.flag}")
+    if bare.split("-")[0] in _MOVE_THE_ENDPOINT or bare in _MOVE_THE_ENDPOINT:
+        raise ValueError(
+            f"`{spelled}` would move or wrap the endpoint, and gemma-serve serves plain HTTP on "
+            "--host and --port; put a proxy in front of it for more"
+        )
     return spelled
 
 
 def _sets(name: str, setting: Setting) -> bool:
-    ours = [setting.name.replace("_", "-")]
-    if setting.name == "drain_timeout":
-        ours.append("shutdown-timeout")
-    if setting.name == "tensor_parallel_size":
-        ours.append("tp")
-    return any(flag == name or (len(name) > 3 and flag.startswith(name)) for flag in ours)
+    ours = (setting.name.replace("_", "-"), *_OTHER_NAMES.get(setting.name, ()))
+    return any(flag.startswith(name) for flag in ours)
 
 
 @dataclass(frozen=True)
@@ -167,7 +200,7 @@ def resolve(layers: Sequence[Layer]) -> ResolvedConfig:
         for name, value in layer.values.items():
             sources[name] = layer.origin(name)
             if name == "engine_args" and isinstance(value, Mapping):
-                named = {arg_name(str(key)): item for key, item in value.items()}
+                named = {arg_name(str(k)): item for k, item in value.items() if item is not None}
                 args.update(named)
                 sources.update({f"engine_args.{key}": layer.origin(name) for key in named})
                 value = dict(args)

@@ -22,7 +22,7 @@ _SPECIAL_TOKEN = re.compile(
     r"<\|?(?:pad|eos|bos|unk|mask|s|turn|unused\d+|(?:start|end)_of_(?:turn|image|audio)"
     r"|image_soft_token|audio_soft_token|image|audio|video|channel)\|?>|\[multimodal\]|</s>"
 )
-_LOGS = "the engine's log may say why: `gemma-serve logs`"
+_LOGS = "the engine's log may say why; `gemma-serve up` tells where it is"
 _SERIAL = "one request is taken at a time: is `--max-num-seqs` 1, or a proxy in between?"
 _GARBAGE = (
     "the weights or their type are wrong: Gemma 2 and later break in float16, "
@@ -185,11 +185,13 @@ def judge_own_answers(alone: Sequence[Reply], together: Sequence[Reply]) -> Faul
 
     Batched arithmetic rounds differently, so it may differ from the answer given alone.
     """
-    texts = [reply.text for reply in alone]
+    # Past its end an answer is free text, which the least rounding turns elsewhere.
+    texts = [_first_line(reply.text) for reply in alone]
     for index, reply in enumerate(together):
-        if (owner := _owner(reply.text, texts, index)) != index:
+        if (owner := _owner(_first_line(reply.text), texts, index)) != index:
             return Fault(f"request {index + 1} got the answer of request {owner + 1}", _LOGS)
-    same = sum(reply.text[:8] == text[:8] for reply, text in zip(together, texts, strict=True))
+    pairs = zip(together, texts, strict=True)
+    same = sum(_first_line(reply.text)[:8] == text[:8] for reply, text in pairs)
     if same < len(together) / 2:
         return Fault(f"only {same} of {len(together)} answers begin as they do alone", _LOGS)
     return None
@@ -269,6 +271,10 @@ def _judge_model(reply: Reply, served: Collection[str]) -> Fault | None:
     if reply.model and reply.model not in served:
         return Fault(f"{reply.model!r} answered, which the endpoint does not list", _LOGS)
     return None
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
 
 
 def _owner(text: str, answers: Sequence[str], index: int) -> int:

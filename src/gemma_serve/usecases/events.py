@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_serve.errors import Problem
+
 
 @dataclass(frozen=True)
 class EngineStarted:
@@ -39,6 +41,13 @@ class EngineReady:
     ready_s: float
     needs_key: bool
     has_chat: bool
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """Something went wrong that does not end the run."""
+
+    problem: Problem
 
 
 @dataclass(frozen=True)

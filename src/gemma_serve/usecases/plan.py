@@ -17,11 +17,14 @@ from gemma_serve.errors import GemmaServeError, Problem, UsageError
 from gemma_serve.planning.config import Layer, ResolvedConfig, ServeConfig, is_loopback, resolve
 from gemma_serve.planning.gpus import Gpu, visible_gpus
 from gemma_serve.planning.launch import Device, Engine, Launch, ModelSource, render_launch
+from gemma_serve.planning.smoke import DEMO_MODEL, Answers, parse_answers
 from gemma_serve.usecases.check_gpu import as_folder, check_gpu, find_checkpoint
 from gemma_serve.usecases.configure import read_layers
 
-DEMO_MODEL = "demo"
 DEFAULT_GPU_MODEL = "google/gemma-7b-it"
+
+# With these flags of vLLM a GPU holds less than its share of the checkpoint as stored.
+_SHRINK_THE_WEIGHTS = ("cpu-offload", "pipeline-parallel", "hf-overrides", "load-format")
 
 _DEMO_KV_CACHE_BYTES = 256 * 2**20
 _MOST_CPU_KV_CACHE_BYTES = 4 * 2**30
@@ -42,6 +45,13 @@ class ServePlan:
     launch: Launch
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
+
+    @property
+    def known_answers(self) -> Answers | None:
+        """What the model must answer, if it is the demo, whatever it is served as."""
+        if self.config.model != DEMO_MODEL:
+            return None
+        return parse_answers(data_path("answers.json").read_text(encoding="utf-8"))
 
     @property
     def ok(self) -> bool:
@@ -66,8 +76,8 @@ def make_plan(
     layers, warnings = read_layers(flags, environ, file)
     given = resolve(layers)
     engine, missing = _find_engine(given.config, environ)
-    resolved = resolve([*layers, _detected(given, engine.device, _sees_gpu(environ))])
-    decided = _decide(_with_a_port(resolved), engine, environ)
+    resolved = resolve([*layers, _detected(given, engine.device, environ)])
+    decided = _decide(_with_one_key(_with_a_port(resolved), environ), engine, environ)
     return replace(decided, problems=(*warnings, *missing, *decided.problems))
 
 
@@ -94,9 +104,10 @@ def _sees_gpu(environ: Mapping[str, str]) -> bool:
     return bool(visible_gpus(gpus, environ.get("CUDA_VISIBLE_DEVICES")).gpus)
 
 
-def _detected(given: ResolvedConfig, device: Device, sees_gpu: bool) -> Layer:
+def _detected(given: ResolvedConfig, device: Device, environ: Mapping[str, str]) -> Layer:
     """Defaults that depend on the machine, each with its reason; weaker than all that was set."""
     chosen: dict[str, tuple[object, str]] = {}
+    sees_gpu = _sees_gpu(environ)
     if sees_gpu and device == "cuda":
         chosen["model"] = (DEFAULT_GPU_MODEL, "a GPU is seen")
     elif sees_gpu:
@@ -106,7 +117,8 @@ def _detected(given: ResolvedConfig, device: Device, sees_gpu: bool) -> Layer:
     if device == "cpu":
         is_demo = given.sources["model"] == "default" or given.config.model == DEMO_MODEL
         size = cpu_kv_cache_bytes(host.available_memory_bytes(), is_demo=is_demo)
-        chosen["kv_cache_memory_bytes"] = (size, "out of this machine's free memory")
+        if "VLLM_CPU_KVCACHE_SPACE" not in environ:
+            chosen["kv_cache_memory_bytes"] = (size, "out of this machine's free memory")
         chosen["enforce_eager"] = (True, "compiling does not pay on a CPU")
     new = {name: pair for name, pair in chosen.items() if given.sources[name] == "default"}
     return Layer(
@@ -136,6 +148,16 @@ def _with_a_port(resolved: ResolvedConfig) -> ResolvedConfig:
         return resolved  # the address is wrong, and the port's check will say so
     config = resolved.config.model_copy(update={"port": port})
     return ResolvedConfig(config, {**resolved.sources, "port": "detected: a free port"})
+
+
+def _with_one_key(resolved: ResolvedConfig, environ: Mapping[str, str]) -> ResolvedConfig:
+    """The variable with the key is stronger than a configuration file that names a key file."""
+    from_file = resolved.sources["api_key_file"].startswith("file ")
+    if not (from_file and environ.get(settings.API_KEY_VARIABLE)):
+        return resolved
+    config = resolved.config.model_copy(update={"api_key_file": None})
+    source = f"environment {settings.API_KEY_VARIABLE}"
+    return ResolvedConfig(config, {**resolved.sources, "api_key_file": source})
 
 
 def _decide(resolved: ResolvedConfig, engine: Engine, environ: Mapping[str, str]) -> ServePlan:
@@ -168,7 +190,7 @@ def _check_machine(
     """The GPUs to use, why these, and what is wrong with them or with the model's files."""
     if device == "cpu":
         reading = find_checkpoint(config.model, config.revision, cache_dir=config.download_dir)
-        return (), "", tuple(map(_leave_to_vllm, reading.problems))
+        return (), "", tuple(_soften(problem, config) for problem in reading.problems)
     report = check_gpu(
         environ=environ,
         model=config.model,
@@ -180,12 +202,16 @@ def _check_machine(
         download_dir=config.download_dir,
     )
     reason = report.chosen.reason if report.chosen.gpus else ""
-    return report.chosen.gpus, reason, tuple(map(_leave_to_vllm, report.problems))
+    return report.chosen.gpus, reason, tuple(_soften(p, config) for p in report.problems)
 
 
-def _leave_to_vllm(problem: Problem) -> Problem:
-    """A size that nobody knows is no reason not to try; it is for a check of the size alone."""
-    return replace(problem, blocking=False) if problem.code == "model.size_unknown" else problem
+def _soften(problem: Problem, config: ServeConfig) -> Problem:
+    """What is not certain is a warning: a size that nobody knows, or that vLLM will shrink."""
+    shrinks = config.quantization is not None or any(
+        name.startswith(_SHRINK_THE_WEIGHTS) for name in config.engine_args
+    )
+    unsure = problem.code == "model.size_unknown" or (problem.code == "gpu.too_small" and shrinks)
+    return replace(problem, blocking=False) if unsure else problem
 
 
 def find_model(config: ServeConfig) -> ModelSource:

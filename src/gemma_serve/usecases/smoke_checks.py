@@ -74,6 +74,8 @@ async def chat(session: Session) -> Outcome:
     except EndpointError as error:
         if "chat template" not in error.server_message.lower():
             raise
+        if session.model.endswith("-it"):
+            raise  # made to chat, and deployed without its template
         hint = "to chat, serve an instruction-tuned model: their names end in -it"
         return Outcome("skipped", {}, "a base model: it has no chat template", hint)
     return Outcome.of(session.judge(reply, question), answer_figures(question, reply))

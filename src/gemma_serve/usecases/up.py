@@ -14,6 +14,7 @@ from typing import TypeVar
 from gemma_serve.adapters.openai_api import EndpointError, generate_one_token, is_healthy
 from gemma_serve.adapters.state import (
     Deployment,
+    claim_port,
     deployment_name,
     prepare_log,
     remove_deployment,
@@ -23,7 +24,7 @@ from gemma_serve.engine.inbox import Inbox
 from gemma_serve.engine.last_error import last_error
 from gemma_serve.engine.log import LogReader, phase_of
 from gemma_serve.engine.process import EngineProcess, Exit, stop_engine
-from gemma_serve.errors import EngineFailed, Stopped
+from gemma_serve.errors import EngineFailed, Stopped, UsageError
 from gemma_serve.planning.config import client_url
 from gemma_serve.planning.launch import engine_environment
 from gemma_serve.planning.smoke import CheckResult, SmokeReport
@@ -31,6 +32,7 @@ from gemma_serve.usecases.events import (
     EngineReady,
     EngineStarted,
     EngineStopped,
+    Noticed,
     PhaseBegan,
     PhaseProgress,
     Stopping,
@@ -46,6 +48,7 @@ Event = (
     | EngineReady
     | Stopping
     | EngineStopped
+    | Noticed
     | CheckResult
     | SmokeReport
 )
@@ -57,6 +60,8 @@ _TICK_S = 0.2
 _FOLLOW_S = 1.0
 # A first token can wait for kernels to be compiled: minutes on a GPU seen for the first time.
 _FIRST_TOKEN_TIMEOUT_S = 600.0
+# From "Starting vLLM server" to the first answer of /health it takes a second.
+_HEALTH_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ def up(
     Raises:
         EngineFailed: the engine did not start, or died.
         Stopped: SIGINT, SIGTERM or SIGHUP came.
+        GemmaServeError: another `up` has the port.
     """
-    with Inbox() as inbox:
+    with claim_port(plan.config.port, environ), Inbox() as inbox:
         run = _Run(plan, inbox, api_key=api_key, on_event=on_event)
         try:
             run.start(environ)
@@ -133,6 +139,8 @@ class _Run:
         self.engine: EngineProcess | None = None
         self.deployment: Deployment | None = None
         self._reason = "done"
+        self._telling = threading.Lock()
+        self._ending = False
 
     def start(self, environ: Mapping[str, str]) -> None:
         name = deployment_name(self.plan.model.served_name, self.plan.config.port)
@@ -156,7 +164,7 @@ class _Run:
             log=log,
             api_key_file=self.plan.config.api_key_file,
         )
-        save_deployment(self.deployment)
+        self._save(self.deployment)
         self.on_event(EngineStarted(self.engine.pid, log))
         self._began("imports")
 
@@ -175,7 +183,7 @@ class _Run:
         self.ready_s = time.monotonic() - self.begun
         assert self.deployment is not None
         self.deployment = replace(self.deployment, ready=True)
-        save_deployment(self.deployment)
+        self._save(self.deployment)
         self.on_event(
             EngineReady(
                 self.url,
@@ -186,9 +194,27 @@ class _Run:
             )
         )
 
+    def _save(self, deployment: Deployment) -> None:
+        """A full disk must not end an engine that works; only `smoke-test` won't find it."""
+        try:
+            save_deployment(deployment)
+        except UsageError as error:
+            self.on_event(Noticed(replace(error.problems[0], blocking=False)))
+
     def _answer(self, cancelled: threading.Event) -> None:
-        """Return once the server has generated a token. Runs beside the main loop."""
-        while not is_healthy(self.url):
+        """Return once our own server has generated a token. Runs beside the main loop."""
+        assert self.engine is not None
+        listening_since: float | None = None
+        # Somebody else's server may answer on this port before ours finds it taken.
+        while not (is_healthy(self.url) and self.engine.listens_on(self.plan.config.port)):
+            if listening_since is None and self.phases[-1].phase == "API server":
+                listening_since = time.monotonic()
+            if listening_since and time.monotonic() - listening_since > _HEALTH_TIMEOUT_S:
+                raise EngineFailed(
+                    f"vLLM says that it listens, but {self.url} gives no answer",
+                    code="engine.no_answer",
+                    hint=f"its log: {self._log.path}",
+                )
             if cancelled.wait(0.2):
                 return
         generate_one_token(
@@ -201,7 +227,8 @@ class _Run:
                 url=self.url,
                 model=self.plan.model.served_name,
                 api_key=self.api_key,
-                on_event=self.on_event,
+                answers=self.plan.known_answers,
+                on_event=self._relay,
             )
         )
         if not report.ok:
@@ -231,26 +258,43 @@ class _Run:
             report,
         )
 
+    def _relay(self, event: Event) -> None:
+        """Pass on an event of the other thread, unless the end has begun."""
+        with self._telling:
+            if not self._ending:
+                self.on_event(event)
+
     def stop(self) -> None:
+        with self._telling:
+            self._ending = True
         if self.engine is None:
             return
         drain_s = float(self.plan.config.drain_timeout) if self.ready_s is not None else 0.0
         if self.engine.exit is None:
             self._tell_if_possible(Stopping(self._reason, drain_s + _GRACE_S))
-        asked_before = len(self.inbox.signals)
+        # The first signal is why we stop; any further one means: now.
+        asked_before = min(1, len(self.inbox.signals))
         report = stop_engine(
             self.engine,
             grace_s=drain_s + _GRACE_S,
             wait=self.inbox.wait,
             hurry=lambda: len(self.inbox.signals) > asked_before,
         )
-        if self.deployment is not None:
-            remove_deployment(self.deployment)
         self._tell_if_possible(EngineStopped(report.duration_s, report.killed, report.left))
+        if report.left:
+            pids = ", ".join(map(str, report.left))
+            raise EngineFailed(
+                f"these processes of the engine would not end: {pids}",
+                code="engine.left_behind",
+                hint="they ignore SIGKILL, so the driver or a disk holds them; see `dmesg`",
+            )
+        if self.deployment is not None:
+            with suppress(OSError):
+                remove_deployment(self.deployment)
 
     def _tell_if_possible(self, event: Event) -> None:
-        """Whoever reads our output may be gone; the engine is stopped all the same."""
-        with suppress(OSError):
+        """Whatever is wrong with telling (the reader may be gone), the engine is stopped."""
+        with suppress(Exception):
             self.on_event(event)
 
     def _watch_during(self, work: Callable[[], T]) -> T:

@@ -53,7 +53,7 @@ class Output:
 
     def json_line(self, value: Mapping[str, Any]) -> None:
         """Write one JSON object as one line on standard output."""
-        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(value) + "\n")
         sys.stdout.flush()
 
     def result(
@@ -103,5 +103,10 @@ def err_console() -> Console:
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Rich would end the program here; whoever called has an engine to stop first."""
+            raise BrokenPipeError
+
     # A pipe gets whole lines: 80 columns would cut tables that a person reads in a CI log.
-    return Console(file=stream, width=None if stream.isatty() else 120)
+    return PlainConsole(file=stream, width=None if stream.isatty() else 120)

@@ -34,14 +34,7 @@ def plan_data(plan: ServePlan) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: ServePlan, form: str) -> RenderableType:
-    """The plan for a person (`text`), as a file for `--config` (`yaml`), or to run (`argv`)."""
-    if form == "yaml":
-        return _as_yaml(plan)
-    return command_line(plan) if form == "argv" else _as_table(plan)
-
-
-def _as_yaml(plan: ServePlan) -> str:
+def plan_yaml(plan: ServePlan) -> str:
     """Every value that isn't a mere default, as a file that gives the same plan."""
     import yaml
 
@@ -56,8 +49,9 @@ def _as_yaml(plan: ServePlan) -> str:
 def command_line(plan: ServePlan) -> str:
     """One line for a shell; a secret appears as the way to read it."""
     settings = [f"{k}={shlex.quote(v)}" for k, v in plan.launch.environment.items()]
-    settings += [f"{name}={_shell_read(source)}" for name, source in plan.launch.secrets.items()]
-    return " ".join(["env", *settings, shlex.join(plan.launch.argv)])
+    # Before `env`, so that the shell sets it and it is on no command line.
+    secrets = [f"{name}={_shell_read(source)}" for name, source in plan.launch.secrets.items()]
+    return " ".join([*secrets, "env", *settings, shlex.join(plan.launch.argv)])
 
 
 def _shell_read(source: str) -> str:
@@ -66,7 +60,8 @@ def _shell_read(source: str) -> str:
     return f'"$(cat {shlex.quote(str(Path(source)))})"'
 
 
-def _as_table(plan: ServePlan) -> RenderableType:
+def plan_table(plan: ServePlan) -> RenderableType:
+    """The plan for a person: what was found, and each value with where it came from."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

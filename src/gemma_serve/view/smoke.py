@@ -51,17 +51,6 @@ def smoke_problems(report: SmokeReport) -> tuple[Problem, ...]:
     )
 
 
-def smoke_view(report: SmokeReport) -> RenderableType:
-    """The whole report for people: what was tested, every check, the verdict."""
-    from rich.console import Group
-
-    return Group(
-        smoke_title(report.url, report.model),
-        *(check_view(check) for check in report.checks),
-        verdict_line(report),
-    )
-
-
 def smoke_title(url: str, model: str | None) -> Text:
     """What is tested; the model may not be known yet."""
     from rich.text import Text
@@ -104,13 +93,6 @@ def verdict_line(report: SmokeReport) -> Text:
     )
     said = "the endpoint keeps its promises" if report.ok else "the endpoint breaks its promises"
     return Text.assemble("\n", (said, "bold green" if report.ok else "bold red"), f": {counts}")
-
-
-def check_line(check: CheckResult) -> str:
-    """One check as one line of plain text, for a log."""
-    mark, _ = _MARKS[check.status]
-    told = check.reason if check.status != "passed" else _summary(check)
-    return f"{mark}  {check.id:<{_ID_WIDTH}}{told}".rstrip()
 
 
 def _summary(check: CheckResult) -> str:

@@ -16,6 +16,7 @@ from gemma_serve.usecases.events import (
     EngineReady,
     EngineStarted,
     EngineStopped,
+    Noticed,
     PhaseBegan,
     PhaseProgress,
     Stopping,
@@ -35,6 +36,7 @@ _EVENT_NAMES: dict[type, str] = {
     EngineReady: "ready",
     CheckResult: "smoke_check",
     SmokeReport: "smoke_test",
+    Noticed: "noticed",
     Stopping: "stopping",
     EngineStopped: "engine_stopped",
 }
@@ -109,6 +111,8 @@ class UpView:
             self._output.data(check_view(event))
         elif isinstance(event, SmokeReport):
             self._output.data(verdict_line(event))
+        elif isinstance(event, Noticed):
+            self._output.problems([event.problem])
         elif isinstance(event, Stopping):
             self._end_status()
             self._output.note(
