@@ -368,7 +368,7 @@ def test_the_tokens_asked_for_leave_room_for_the_question():
     assert [answer_tokens(known, 100), together_tokens(100), together_tokens(None)] == [50, 50, 64]
     paces = (None, 10.0, 100.0, 5000.0)
     assert [staggered_tokens(pace, None, attempt=0) for pace in paces] == [64, 64, 300, 512]
-    assert [staggered_tokens(50.0, None, attempt=attempt) for attempt in range(3)] == [75, 300, 512]
+    assert [staggered_tokens(25.0, None, attempt=attempt) for attempt in range(3)] == [75, 300, 512]
     assert staggered_tokens(5000.0, 256, attempt=1) == 128
 
 
