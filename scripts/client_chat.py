@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Chat with a Gemma that gemma-serve (or any vLLM) serves: two turns, plain and streamed.
 
-    python scripts/client_chat.py [--url http://127.0.0.1:8000] [--model NAME] [--system TEXT]
+    python scripts/client_chat.py [--url http://127.0.0.1:8000/v1] [--model NAME] [--system TEXT]
 
 The API key, where the server wants one, is read from GEMMA_SERVE_API_KEY.
 """
@@ -64,14 +64,15 @@ def converse(client: httpx.Client, model: str, system: str | None) -> None:
 def main() -> int:
     """Ask, print the answers, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="by default the first that the server lists")
     parser.add_argument("--system", help="a system message to begin with")
     options = parser.parse_args()
     key = os.environ.get("GEMMA_SERVE_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    server = options.url.rstrip("/").removesuffix("/v1")
     try:
-        with httpx.Client(base_url=options.url, headers=headers, timeout=120) as client:
+        with httpx.Client(base_url=server, headers=headers, timeout=120) as client:
             converse(client, options.model or first_model(client), options.system)
     except httpx.HTTPStatusError as error:
         print(f"{options.url} answered {error.response.status_code}", file=sys.stderr)

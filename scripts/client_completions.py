@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Continue a prompt with a Gemma that gemma-serve (or any vLLM) serves, plain and streamed.
 
-    python scripts/client_completions.py [--url http://127.0.0.1:8000] [--model NAME] [PROMPT]
+    python scripts/client_completions.py [--url http://127.0.0.1:8000/v1] [--model NAME] [PROMPT]
 
 The API key, where the server wants one, is read from GEMMA_SERVE_API_KEY.
 """
@@ -45,14 +45,15 @@ def main() -> int:
     """Ask, print the answers, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("prompt", nargs="?", default="The capital of France is")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="by default the first that the server lists")
     parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args()
     key = os.environ.get("GEMMA_SERVE_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    server = options.url.rstrip("/").removesuffix("/v1")
     try:
-        with httpx.Client(base_url=options.url, headers=headers, timeout=120) as client:
+        with httpx.Client(base_url=server, headers=headers, timeout=120) as client:
             request = {
                 "model": options.model or first_model(client),
                 "prompt": options.prompt,

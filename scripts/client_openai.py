@@ -2,7 +2,7 @@
 """Use OpenAI's SDK, unchanged, with a Gemma that gemma-serve (or any vLLM) serves.
 
     pip install openai
-    python scripts/client_openai.py [--url http://127.0.0.1:8000] [--model NAME]
+    python scripts/client_openai.py [--url http://127.0.0.1:8000/v1] [--model NAME]
 
 The API key, where the server wants one, is read from GEMMA_SERVE_API_KEY.
 """
@@ -53,13 +53,14 @@ def show_answers(client: OpenAI, model: str) -> None:
 def main() -> int:
     """Ask, print the answers, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="by default the first that the server lists")
     options = parser.parse_args()
     # The SDK wants a key even where the server doesn't.
     key = os.environ.get("GEMMA_SERVE_API_KEY") or "none"
+    server = options.url.rstrip("/").removesuffix("/v1")
     try:
-        with OpenAI(base_url=f"{options.url.rstrip('/')}/v1", api_key=key) as client:
+        with OpenAI(base_url=f"{server}/v1", api_key=key) as client:
             show_answers(client, options.model or client.models.list().data[0].id)
     except APIStatusError as error:
         print(f"{options.url} answered {error.status_code}", file=sys.stderr)

@@ -120,6 +120,7 @@ def _internal_error(error: Exception) -> GemmaServeError:
 
 def _usage_error(error: typer.TyperException, args: Sequence[str]) -> UsageError:
     text = error.format_message() if hasattr(error, "format_message") else str(error)
+    text = text.replace("Value error, ", "")
     help_command = " ".join(filter(None, ["gemma-serve", _command(args), "--help"]))
     return UsageError(text.rstrip("."), code="usage", hint=f"see `{help_command}`")
 

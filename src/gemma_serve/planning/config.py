@@ -229,11 +229,13 @@ def _problem(details: ErrorDetails, sources: Mapping[str, str]) -> Problem:
             f"`{name}` ({where}) is not a setting",
             f"did you mean `{near}`?" if near else "run `gemma-serve plan --help` for the list",
         )
-    given = "" if name == "engine_args" else f" is {details['input']!r}"
     reason = details["msg"].replace("Value error, ", "").replace("Input should", "it should")
+    reason = reason.replace("dictionary", "mapping of flags to values")
+    # What engine_args holds may be a secret in the wrong place: it is not shown.
+    given = f"`{name}` is {details['input']!r} ({where}), but "
     return Problem(
         "config.invalid_value",
-        f"`{name}`{given} ({where}), but {reason}",
+        f"`{name}` ({where}): {reason}" if name == "engine_args" else given + reason,
         f"{setting.flag} {setting.metavar}: {setting.help}".replace("  ", " "),
     )
 

@@ -20,6 +20,7 @@ from gemma_serve.planning.checkpoint import (
 )
 from gemma_serve.planning.gpu_problems import WeightsFit, driver_problem, gpu_problems, weights_fit
 from gemma_serve.planning.gpus import Chosen, GpuInventory, VisibleGpus, choose_gpus, visible_gpus
+from gemma_serve.planning.smoke import DEMO_MODEL
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def _seen(inventory: GpuInventory) -> list[Problem]:
 
 def as_folder(model: str) -> Path | None:
     """The folder that `model` means, if it means one; as vLLM, a folder that exists goes first."""
-    if model == "demo":
-        return data_path("demo")
+    if model == DEMO_MODEL:
+        return data_path(DEMO_MODEL)
     path = Path(model).expanduser()
     if path.is_dir() or path.is_absolute() or model.startswith((".", "~")):
         return path
@@ -148,7 +149,7 @@ def _without_hub(
 
 
 def _with_suggestion(model: str, reading: CheckpointReading) -> CheckpointReading:
-    near = nearest_model(model, (entry.id for entry in load_catalogue()))
+    near = _nearest(model)
     if near is None or near == model:
         return reading
     problems = tuple(
@@ -162,7 +163,7 @@ def _with_known_size(model: str, reading: CheckpointReading) -> CheckpointReadin
     known = reading.checkpoint is not None and reading.checkpoint.weights_bytes is not None
     if known or any(problem.blocking for problem in reading.problems):
         return reading
-    near = nearest_model(model, (entry.id for entry in load_catalogue()))
+    near = _nearest(model)
     unknown = Problem(
         "model.size_unknown",
         f"nobody could say how large {model} is, so whether it fits is not known",
@@ -171,3 +172,7 @@ def _with_known_size(model: str, reading: CheckpointReading) -> CheckpointReadin
         else "download the model first and give its folder with `--model DIR`",
     )
     return replace(reading, problems=(*reading.problems, unknown))
+
+
+def _nearest(model: str) -> str | None:
+    return nearest_model(model, [DEMO_MODEL, *(entry.id for entry in load_catalogue())])

@@ -348,6 +348,7 @@ class _Run:
         self.on_event(self.phases[-1])
 
     def _death(self, how: Exit | None, lost: str | None) -> EngineFailed:
+        self._reason = "the engine died"
         when = "after it was ready" if self.ready_s else f"during {self.phases[-1].phase}"
         cause = last_error(self._log.all_lines())
         killed = how is not None and how.signum is not None

@@ -77,13 +77,13 @@ class UpView:
         engine = plan.engine
         for note in plan.notes:
             self._output.note(f"note: {note}")
+        self._problems = tuple(p for p in problems if not p.blocking)
+        if not self._output.as_json:
+            self._output.problems(self._problems)
         where = ", ".join(f"GPU {gpu.index} ({gpu.name})" for gpu in plan.gpus) or "the CPU"
         built = f"{engine.distribution or 'vLLM'} {engine.version or ''}".strip()
         if not any(problem.blocking for problem in problems):
             self._output.note(f"starting {plan.config.model} on {where} with {built}")
-        self._problems = tuple(p for p in problems if not p.blocking)
-        if not self._output.as_json:
-            self._output.problems(self._problems)
 
     def on_event(self, event: Event) -> None:
         """Show one event as it happens."""
