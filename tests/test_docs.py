@@ -31,7 +31,7 @@ def test_the_readme_shows_every_command_and_only_flags_that_exist():
     commands = {command.name for command in app.registered_commands}
     assert all(f"### `gemma-serve {name}`" in text for name in commands)
     ours = {setting.flag for setting in SETTINGS}
-    others = {"--config", "--json", "--format", "--smoke-test", "--once", "--url"}
+    others = {"--config", "--json", "--format", "--smoke-test", "--once", "--url", "--debug"}
     shown = set(re.findall(r"gemma-serve [^\n`]*?(--[a-z-]+)", text))
     assert shown <= ours | others
 

@@ -47,6 +47,17 @@ class Exit:
             return f"signal {self.signum}"
 
 
+def explain_end(how: Exit | None, lost: str | None, error: str | None) -> str:
+    """Why the engine ended: what killed its leader, else its last `error`, else what is known."""
+    if how is not None and how.signum is not None:
+        return f"it was killed by {how}" + ("" if error is None else f"; last error: {error}")
+    if error is not None:
+        return error
+    if lost is not None:
+        return f"its process {lost} is gone, and no error is in its log"
+    return f"it ended with {how} and no error in its log"
+
+
 class EngineProcess:
     """A running engine. Make it with `start`."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_serve.errors import Problem
+from gemma_serve.planning.smoke import CheckResult, SmokeReport
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,17 @@ class EngineStopped:
     duration_s: float
     killed: bool
     left: tuple[int, ...]
+
+
+Event = (
+    EngineStarted
+    | PhaseBegan
+    | PhaseProgress
+    | EngineReady
+    | Stopping
+    | EngineStopped
+    | Noticed
+    | CheckResult
+    | SmokeReport
+)
+OnEvent = Callable[[Event], None]

@@ -23,16 +23,18 @@ from gemma_serve.adapters.state import (
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.engine.last_error import last_error
 from gemma_serve.engine.log import LogReader, phase_of
-from gemma_serve.engine.process import EngineProcess, Exit, stop_engine
+from gemma_serve.engine.process import EngineProcess, Exit, explain_end, stop_engine
 from gemma_serve.errors import EngineFailed, Stopped, UsageError
 from gemma_serve.planning.config import client_url
 from gemma_serve.planning.launch import engine_environment
-from gemma_serve.planning.smoke import CheckResult, SmokeReport
+from gemma_serve.planning.smoke import SmokeReport
 from gemma_serve.usecases.events import (
     EngineReady,
     EngineStarted,
     EngineStopped,
+    Event,
     Noticed,
+    OnEvent,
     PhaseBegan,
     PhaseProgress,
     Stopping,
@@ -41,18 +43,6 @@ from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.smoke import run_smoke
 
 T = TypeVar("T")
-Event = (
-    EngineStarted
-    | PhaseBegan
-    | PhaseProgress
-    | EngineReady
-    | Stopping
-    | EngineStopped
-    | Noticed
-    | CheckResult
-    | SmokeReport
-)
-OnEvent = Callable[[Event], None]
 
 # How long the leader gets after SIGTERM, beyond the drain: it ends its own in under 2 s.
 _GRACE_S = 3.0
@@ -350,14 +340,8 @@ class _Run:
     def _death(self, how: Exit | None, lost: str | None) -> EngineFailed:
         self._reason = "the engine died"
         when = "after it was ready" if self.ready_s else f"during {self.phases[-1].phase}"
-        cause = last_error(self._log.all_lines())
-        killed = how is not None and how.signum is not None
-        if killed:
-            cause = f"it was killed by {how}" + ("" if cause is None else f"; last error: {cause}")
-        if cause is None and lost is not None:
-            cause = f"its process {lost} is gone, and no error is in its log"
-        message = cause or f"it ended with {how} and no error in its log"
+        cause = explain_end(how, lost, last_error(self._log.all_lines()))
         hint = f"its whole log: {self._log.path}"
-        if lost is not None or killed:
+        if lost is not None or (how is not None and how.signum is not None):
             hint = f"if the machine ran out of memory, `dmesg` says so; {hint}"
-        return EngineFailed(f"the engine died {when}: {message}", code="engine.died", hint=hint)
+        return EngineFailed(f"the engine died {when}: {cause}", code="engine.died", hint=hint)

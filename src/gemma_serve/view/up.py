@@ -16,13 +16,14 @@ from gemma_serve.usecases.events import (
     EngineReady,
     EngineStarted,
     EngineStopped,
+    Event,
     Noticed,
     PhaseBegan,
     PhaseProgress,
     Stopping,
 )
 from gemma_serve.usecases.plan import ServePlan
-from gemma_serve.usecases.up import Event, UpResult
+from gemma_serve.usecases.up import UpResult
 from gemma_serve.view.output import Output, err_console
 from gemma_serve.view.smoke import check_data, check_view, smoke_data, smoke_problems, verdict_line
 
