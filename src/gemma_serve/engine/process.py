@@ -142,7 +142,8 @@ class EngineProcess:
 
         An engine whose core was killed can go on listening for seconds; nothing will answer.
         """
-        for pid, title in self._titled.items():
+        # A copy: the thread that waits for readiness writes down descendants too.
+        for pid, title in list(self._titled.items()):
             if not _lives(self._known[pid]):
                 return f"{title} (pid {pid})"
         return None

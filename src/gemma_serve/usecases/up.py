@@ -255,8 +255,11 @@ class _Run:
                 self.on_event(event)
 
     def stop(self) -> None:
-        with self._telling:
-            self._ending = True
+        # Not for ever: whoever tells may hang on a terminal that was halted with Ctrl-S.
+        held = self._telling.acquire(timeout=1.0)
+        self._ending = True
+        if held:
+            self._telling.release()
         if self.engine is None:
             return
         drain_s = float(self.plan.config.drain_timeout) if self.ready_s is not None else 0.0
