@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_serve.planning.gpus import Gpu, GpuProcess
+from gemma_serve.planning.hardware.gpus import Gpu, GpuProcess
 
 GIB = 2**30
 H200 = "NVIDIA H200"

@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
 import gemma_serve
+from gemma_serve.cli import main
 
 TESTS = Path(__file__).parent
 SRC = Path(gemma_serve.__file__).parents[1]
@@ -45,6 +51,32 @@ T4 = {
     "cc": [7, 5],
     "mig": None,
 }
+L4 = {
+    **H200,
+    "uuid": "GPU-44444444-0000-1111-2222-333333333333",
+    "bus": "00000000:00:03.0",
+    "name": "NVIDIA L4",
+    "total": 23_034 * MIB,
+    "reserved": 479 * MIB,
+    "cc": [8, 9],
+    "mig": None,
+}
+
+
+def several(gpu: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """So many GPUs of one kind."""
+    return [
+        {**gpu, "uuid": f"{gpu['uuid'][:-2]}{index:02}", "bus": f"00000000:{index:02X}:00.0"}
+        for index in range(count)
+    ]
+
+
+def engine_python(folder: Path, *, version: str = "0.32.0", distribution: str = "vllm") -> Path:
+    """An interpreter that says which vLLM it has, and can do nothing else."""
+    script = folder / "engine-python"
+    script.write_text(f"#!/bin/sh\necho '{json.dumps([distribution, version])}'\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
 
 
 @dataclass(frozen=True)
@@ -62,6 +94,12 @@ class Run:
         value = json.loads(self.out)
         assert isinstance(value, dict)
         return value
+
+    @property
+    def data(self) -> dict[str, Any]:
+        data = self.answer["data"]
+        assert isinstance(data, dict)
+        return data
 
     @property
     def codes(self) -> list[str]:
@@ -88,6 +126,37 @@ def run_program(*argv: str, environ: dict[str, str] | None = None, **machine: An
     )
     assert "Traceback" not in done.stderr
     return Run(done.returncode, done.stdout, done.stderr)
+
+
+Check = Callable[..., Run]
+
+
+def runner(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> Check:
+    """As `run_program`, in this process, with vLLM 0.32.0 for GPUs as the engine."""
+    engine = {"GEMMA_SERVE_ENGINE_PYTHON": str(engine_python(folder))}
+
+    def run(
+        *argv: str,
+        command: str = "check-gpu",
+        environ: dict[str, str] | None = None,
+        **machine: Any,
+    ) -> Run:
+        with monkeypatch.context() as patch:
+            for name in [*os.environ]:
+                if name.startswith(("GEMMA_SERVE_", "VLLM_")) or name == "CUDA_VISIBLE_DEVICES":
+                    patch.delenv(name)
+            variables = {**engine, **(environ or {}), "FAKE_NVML": json.dumps(machine)}
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            patch.setattr(constants, "HF_HUB_CACHE", str(folder))
+            patch.setitem(sys.modules, "pynvml", load_stand_in())
+            code = main([command, *argv])
+        return Run(code, *capsys.readouterr())
+
+    return run
 
 
 def load_stand_in() -> ModuleType:

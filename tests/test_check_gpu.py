@@ -6,22 +6,18 @@ the answer does.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pynvml
 import pytest
-from huggingface_hub import constants
 
 from gemma_serve.adapters import gpu as gpu_adapter
-from gemma_serve.cli import main
 from machines import (
     GIB,
     H200,
@@ -37,98 +33,17 @@ from machines import (
     T4,
     TESTS,
     UNKNOWN_ERROR,
-    Run,
-    load_stand_in,
+    Check,
     run_program,
+    runner,
 )
-
-Check = Callable[..., Run]
 
 
 @pytest.fixture
 def check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Check:
-    """As `run_program`, in this process."""
-
-    def run(*argv: str, environ: dict[str, str] | None = None, **machine: Any) -> Run:
-        with monkeypatch.context() as patch:
-            for name in [*os.environ]:
-                if name.startswith("GEMMA_SERVE_") or name == "CUDA_VISIBLE_DEVICES":
-                    patch.delenv(name)
-            for name, value in {**(environ or {}), "FAKE_NVML": json.dumps(machine)}.items():
-                patch.setenv(name, value)
-            patch.setattr(constants, "HF_HUB_OFFLINE", True)
-            patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-            patch.setitem(sys.modules, "pynvml", load_stand_in())
-            code = main(["check-gpu", *argv])
-        return Run(code, *capsys.readouterr())
-
-    return run
-
-
-def test_an_idle_card_in_full() -> None:
-    run = run_program("--json", "--model", "google/gemma-7b-it", gpus=[H200])
-    total = 143_155 * MIB
-    assert run.code == 0
-    assert run.answer == {
-        "schema": 1,
-        "command": "check-gpu",
-        "ok": True,
-        "data": {
-            "driver_version": "580.95.05",
-            "cuda_version": "13.0",
-            "gpus": [
-                {
-                    "index": 0,
-                    "uuid": "GPU-11111111-2222-3333-4444-555555555555",
-                    "pci_bus_id": "00000000:3B:00.0",
-                    "name": "NVIDIA H200",
-                    "compute_capability": "9.0",
-                    "supports_bf16": True,
-                    "mig_enabled": False,
-                    "total_bytes": total,
-                    "used_bytes": 0,
-                    "free_bytes": total,
-                    "visible": True,
-                    "chosen": True,
-                    "processes": [],
-                }
-            ],
-            "model": {
-                "id": "google/gemma-7b-it",
-                "weights_bytes": 17_075_361_792,
-                "source": "catalogue",
-                "fits": True,
-            },
-        },
-        "problems": [
-            {
-                "code": "hub.offline",
-                "message": "HF_HUB_OFFLINE is set, so the Hub was not asked for the size of the "
-                "model",
-                "hint": "unset HF_HUB_OFFLINE, or give the model's folder with `--model DIR`",
-            }
-        ],
-    }
-
-
-def test_for_people() -> None:
-    holder = [os.getpid(), 2 * GIB]
-    first = {**H200, "used": 2 * GIB, "graphics": [holder]}
-    run = run_program("-m", "google/gemma-2-2b-it", gpus=[first, T4])
-    assert run.code == 0
-    lines = [" ".join(line.split()) for line in run.out.splitlines()]
-    assert "0 NVIDIA H200 139.80 GiB 2.00 GiB 137.80 GiB 9.0 yes chosen" in "\n".join(lines)
-    assert "1 Tesla T4 14.57 GiB 0.00 GiB 14.57 GiB 7.5 no visible -" in lines
-    assert f"(pid {os.getpid()}) 2.00 GiB" in run.out
-    assert lines[-4:] == [
-        "Driver 580.95.05, which runs CUDA up to 13.0.",
-        "Chosen: GPU 0 has the most free memory: 137.8 of 139.8 GiB.",
-        "The weights of google/gemma-2-2b-it take 4.87 GiB (by gemma-serve's own catalogue).",
-        "vLLM may use 125.82 GiB of GPU 0: they fit and leave 120.95 GiB for all else.",
-    ]
-    assert run.err.startswith("warning: HF_HUB_OFFLINE is set")
+    return runner(monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +59,17 @@ def test_for_people() -> None:
 def test_without_a_working_driver(check: Check, error: int, code: str) -> None:
     run = check("--json", errors={"nvmlInit": error})
     assert (run.code, run.codes) == (1, [code])
-    assert run.answer["data"] == {
+    assert run.data == {
+        "device": "cuda",
         "driver_version": None,
         "cuda_version": None,
+        "engine_version": None,
         "gpus": [],
+        "fit": None,
+        "facts_source": None,
         "model": None,
+        "plan": None,
+        "alternatives": [],
     }
 
 
@@ -271,16 +192,6 @@ def test_mig_is_refused_and_another_card_is_taken(check: Check) -> None:
     assert [gpu["chosen"] for gpu in both.answer["data"]["gpus"]] == [False, True]
 
 
-def test_an_old_card_wants_twice_the_memory_for_gemma_3(check: Check) -> None:
-    run = check("--json", "-m", "google/gemma-3-4b-it", gpus=[T4])
-    assert run.code == 1
-    assert run.codes == ["gpu.too_small", "gpu.no_bf16", "hub.offline"]
-    assert run.answer["data"]["model"]["weights_bytes"] == 2 * 8_600_158_944
-    assert run.answer["data"]["model"]["fits"] is False
-    small = check("--json", "-m", "google/gemma-3-1b-it", "--dtype", "float32", gpus=[T4])
-    assert (small.code, small.codes) == (0, ["hub.offline"])
-
-
 @pytest.mark.parametrize(
     ("value", "visible", "code", "codes"),
     [
@@ -303,8 +214,10 @@ def test_a_wish_that_cannot_be_met_is_wrong_usage(check: Check) -> None:
     run = run_program("--gpus", "1", environ={"CUDA_VISIBLE_DEVICES": "0"}, gpus=[H200, T4])
     assert (run.code, run.out) == (2, "")
     assert "--gpus names `1`, but the GPUs to choose from are 0 (NVIDIA H200)" in run.err
-    two = check("--json", "--gpus", "0,1", gpus=[H200, T4])
+    two = check("--json", "--gpus", "0,1", "--tensor-parallel-size", "1", gpus=[H200, T4])
     assert (two.code, two.codes) == (2, ["gpu.count"])
+    same = check("--json", "--gpus", "0,0", gpus=[H200, T4])
+    assert (same.code, same.codes) == (2, ["gpu.named_twice"])
     met = check("--json", "--tensor-parallel-size=2", "--gpus=1,0", gpus=[H200, T4])
     assert (met.code, met.codes) == (0, ["gpu.mixed", "gpu.no_bf16"])
 

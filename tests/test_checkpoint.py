@@ -1,4 +1,4 @@
-"""How large a model is: from its folder and from the catalogue."""
+"""What a folder says of its model: config.json and the headers of the weight files."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_samples import codes, write_model, write_weights
+from checkpoint_samples import GEMMA, codes, facts_of, weights_file, write_model, write_weights
 from gemma_serve.adapters.checkpoint import read_checkpoint
-from gemma_serve.adapters.package_data import load_catalogue
-from gemma_serve.planning.checkpoint import (
-    Checkpoint,
-    CheckpointReading,
-    engine_dtype,
-    loaded_bytes,
-    nearest_model,
-)
-from gemma_serve.planning.gpus import Gpu
+from gemma_serve.planning.model.facts import FactsReading, ModelFacts
+from gemma_serve.planning.model.model_config import read_geometry
+from gemma_serve.planning.model.weights import HeaderTensor
+
+QUANTIZED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 
 
 def test_a_folder(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     write_weights(folder / "consolidated.safetensors", size=1000)
-    assert read_checkpoint(folder) == CheckpointReading(
-        Checkpoint(
+    assert read_checkpoint(folder) == FactsReading(
+        ModelFacts(
             model=str(folder),
             source="folder",
-            weights_bytes=1000,
             architecture="GemmaForCausalLM",
             model_type="gemma",
             dtype="bfloat16",
-            max_position_embeddings=8192,
+            geometry=read_geometry(GEMMA),
+            tensors=(HeaderTensor("model", "BF16", (500,), 1000),),
+            weights_bytes=1000,
         )
     )
 
@@ -45,20 +42,44 @@ def test_a_multimodal_config_and_a_dtype_told_by_the_weights_alone(tmp_path: Pat
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
         "text_config": {"max_position_embeddings": 131072},
-        "quantization_config": {"quant_method": "compressed-tensors"},
+        "quantization_config": QUANTIZED,
     }
     folder = write_model(tmp_path / "m", config)
     write_weights(folder / "model.safetensors", size=64, dtype="F32")
-    assert read_checkpoint(folder, model="mine").checkpoint == Checkpoint(
+    facts = facts_of(read_checkpoint(folder, model="mine"))
+    assert facts == ModelFacts(
         model="mine",
         source="folder",
-        weights_bytes=64,
         architecture="Gemma3ForConditionalGeneration",
         model_type="gemma3",
         dtype="float32",
-        quantization="compressed-tensors",
-        max_position_embeddings=131072,
+        quantization_config=QUANTIZED,
+        geometry=read_geometry(config),
+        tensors=(HeaderTensor("model", "F32", (16,), 64),),
+        weights_bytes=64,
     )
+    assert (facts.quantization, facts.has_fp8_kv_cache) == ("compressed-tensors", False)
+    assert facts.geometry is not None
+    assert facts.geometry.max_model_len == 131072
+
+
+def test_the_dtype_of_most_of_the_weights_counts(tmp_path: Path) -> None:
+    config = {key: value for key, value in GEMMA.items() if key != "torch_dtype"}
+    folder = write_model(tmp_path / "m", config)
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_weights(folder / "a.safetensors", size=8, dtype="F32")
+    write_weights(folder / "b.safetensors", size=100, dtype="F16")
+    assert facts_of(read_checkpoint(folder)).dtype == "float16"
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_that_the_config_names_goes_before_that_of_the_weights(
+    tmp_path: Path, key: str
+) -> None:
+    bare = {k: v for k, v in GEMMA.items() if k != "torch_dtype"}
+    folder = write_model(tmp_path / "m", {**bare, key: "float32"})
+    assert facts_of(read_checkpoint(folder)).dtype == "float32"
 
 
 def test_shards_are_those_that_the_index_names(tmp_path: Path) -> None:
@@ -68,14 +89,29 @@ def test_shards_are_those_that_the_index_names(tmp_path: Path) -> None:
     write_weights(folder / "model-1.safetensors", size=10)
     reading = read_checkpoint(folder)
     assert codes(reading) == ["model.weights_missing"]
+    assert reading.problems[0].blocking
     assert "1 of the 2 weight files" in reading.problems[0].message
     assert "model-2.safetensors" in reading.problems[0].message
-    assert reading.checkpoint is not None
-    assert reading.checkpoint.weights_bytes is None
+    facts = facts_of(reading)
+    assert (facts.weights_bytes, facts.tensors) == (None, ())
+    assert facts.geometry == read_geometry(GEMMA)
     write_weights(folder / "model-2.safetensors", size=32)
     whole = read_checkpoint(folder)
-    assert whole.checkpoint is not None
-    assert (whole.checkpoint.weights_bytes, whole.problems) == (42, ())
+    assert whole.problems == ()
+    assert facts_of(whole).weights_bytes == 42
+    assert facts_of(whole).tensors == (
+        HeaderTensor("model-1", "BF16", (5,), 10),
+        HeaderTensor("model-2", "BF16", (16,), 32),
+    )
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}])
+def test_an_index_that_names_no_files(tmp_path: Path, index: dict[str, Any]) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    [problem] = read_checkpoint(folder).problems
+    assert (problem.code, problem.blocking) == ("model.weights_missing", True)
+    assert "names no weight files" in problem.message
 
 
 def test_damaged_weights(tmp_path: Path) -> None:
@@ -85,14 +121,16 @@ def test_damaged_weights(tmp_path: Path) -> None:
     assert (cut.code, "is cut short" in cut.message) == ("model.weights_broken", True)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000\n"
     (folder / "model.safetensors").write_text(pointer)
-    [lfs] = read_checkpoint(folder).problems
+    broken = read_checkpoint(folder)
+    [lfs] = broken.problems
     assert (lfs.code, "git lfs pull" in lfs.hint) == ("model.weights_broken", True)
+    assert (facts_of(broken).weights_bytes, facts_of(broken).tensors) == (None, ())
     (folder / "model.safetensors").unlink()
     assert codes(read_checkpoint(folder)) == ["model.weights_missing"]
     (folder / "pytorch_model.bin").write_bytes(bytes(7))
-    pickled = read_checkpoint(folder).checkpoint
-    assert pickled is not None
-    assert pickled.weights_bytes == 7
+    pickled = read_checkpoint(folder)
+    assert pickled.problems == ()
+    assert (facts_of(pickled).weights_bytes, facts_of(pickled).tensors) == (7, ())
 
 
 @given(content=st.binary(max_size=64))
@@ -106,83 +144,99 @@ def test_any_bytes_at_all_are_read_without_an_exception(
 
 @pytest.mark.parametrize(
     "header",
-    [{"w": 1}, {"w": {}}, {"w": {"dtype": "BF16", "data_offsets": [0]}}, {"w": {"dtype": 1}}],
+    [
+        {"w": 1},
+        {"w": {}},
+        {"w": {"dtype": "BF16", "data_offsets": [0]}},
+        {"w": {"dtype": 1}},
+        {"w": {"dtype": "BF16", "data_offsets": [0, 4]}},
+        {"w": {"dtype": "BF16", "shape": 2, "data_offsets": [0, 4]}},
+        {"w": {"dtype": "BF16", "shape": [2], "data_offsets": [4, 0]}},
+        {"w": {"dtype": "BF16", "shape": [2], "data_offsets": ["0", "4"]}},
+        {"w": {"dtype": "BF16", "shape": ["two"], "data_offsets": [0, 4]}},
+    ],
 )
 def test_a_header_of_another_shape_is_no_header(tmp_path: Path, header: dict[str, Any]) -> None:
     folder = write_model(tmp_path / "m")
     text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
     assert codes(read_checkpoint(folder)) == ["model.weights_broken"]
+
+
+def test_only_the_headers_are_read(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    file = folder / "model.safetensors"
+    with file.open("wb") as stream:
+        head = weights_file({"w": 2**40}, cut=2**40)
+        stream.write(head)
+        # A terabyte of which nothing is on the disk.
+        stream.truncate(len(head) + 2**40)
+    facts = facts_of(read_checkpoint(folder))
+    assert facts.tensors == (HeaderTensor("w", "BF16", (2**39,), 2**40),)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert codes(read_checkpoint(tmp_path / "none")) == ["model.not_found"]
     assert codes(read_checkpoint(tmp_path)) == ["model.no_config"]
     (tmp_path / "config.json").write_text("{")
-    [problem] = read_checkpoint(tmp_path).problems
+    reading = read_checkpoint(tmp_path)
+    [problem] = reading.problems
     assert "can't be read as JSON" in problem.message
-
-
-def test_another_kind_of_model_is_a_warning(tmp_path: Path) -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    [problem] = read_checkpoint(write_model(tmp_path / "m", config)).problems
-    assert (problem.code, problem.blocking) == ("model.not_gemma", False)
-    assert "is a `llama`" in problem.message
-
-
-def test_the_dtype_that_vllm_will_take() -> None:
-    hopper = Gpu(0, "GPU-0", "0", "NVIDIA H200", 1, 0, 1, compute_capability=(9, 0))
-    turing = Gpu(1, "GPU-1", "1", "Tesla T4", 1, 0, 1, compute_capability=(7, 5))
-    new, old = [hopper], [hopper, turing]
-    gemma = Checkpoint("m", "folder", 100, model_type="gemma", dtype="bfloat16")
-    gemma3 = Checkpoint("m", "folder", 100, model_type="gemma3", dtype="bfloat16")
-    wide = Checkpoint("m", "folder", 100, model_type="gemma2", dtype="float32")
-    half = Checkpoint("m", "folder", 100, model_type="gemma", dtype="float16")
-    assert engine_dtype("auto", gemma, new) == "bfloat16"
-    assert engine_dtype("auto", None, new) == "bfloat16"
-    assert engine_dtype("auto", wide, new) == "bfloat16"
-    assert engine_dtype("auto", half, new) == "float16"
-    assert engine_dtype("auto", gemma, old) == "float16"
-    assert engine_dtype("auto", gemma3, old) == "float32"
-    assert engine_dtype("half", gemma, new) == "float16"
-    assert loaded_bytes(gemma3, "float32") == 200
-    assert loaded_bytes(wide, "bfloat16") == 50
-    assert loaded_bytes(Checkpoint("m", "hub", 100, quantization="fp8"), "float32") == 100
-    assert loaded_bytes(Checkpoint("m", "hub"), "float32") is None
-
-
-def test_the_catalogue_is_right() -> None:
-    models = {entry.id: entry for entry in load_catalogue()}
-    assert len(models) == len(load_catalogue())
-    assert all(entry.id.startswith("google/") for entry in models.values())
-    seven = models["google/gemma-7b-it"]
-    assert seven.checkpoint() == Checkpoint(
-        model="google/gemma-7b-it",
-        source="catalogue",
-        weights_bytes=17_075_361_792,
-        model_type="gemma",
-        dtype="bfloat16",
-        max_position_embeddings=8192,
-    )
-    assert (seven.system_role, seven.chat) == ("refused", True)
-    by_name = {entry.id.endswith("-it") for entry in models.values() if entry.chat}
-    assert by_name == {True}
-    roles = {(entry.generation, entry.system_role) for entry in models.values()}
-    assert ("3", "folded") in roles
-    assert ("4", "native") in roles
-    one_billion = models["google/gemma-3-1b-it"]
-    assert (one_billion.model_type, one_billion.max_position_embeddings) == ("gemma3_text", 32768)
+    assert (reading.facts, problem.blocking) == (None, True)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert codes(read_checkpoint(tmp_path)) == ["model.no_config"]
+    assert codes(read_checkpoint(tmp_path / "config.json")) == ["model.not_found"]
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("model_type", "message"),
     [
-        ("gemma-7b-it", "google/gemma-7b-it"),
-        ("google/gemma-7b-its", "google/gemma-7b-it"),
-        ("Google/Gemma-3-4B-IT", "google/gemma-3-4b-it"),
-        ("google/gemma-4-e2b", "google/gemma-4-E2B"),
-        ("meta-llama/Llama-3.1-8B", None),
+        ("llama", "`llama` is no Gemma"),
+        ("gemma9", "`gemma9` is a newer kind"),
+        ("recurrent_gemma", "`recurrent_gemma` is a relative of Gemma"),
     ],
 )
-def test_the_model_that_was_meant(typed: str, meant: str | None) -> None:
-    assert nearest_model(typed, [entry.id for entry in load_catalogue()]) == meant
+def test_another_kind_of_model_is_a_warning_and_its_size_is_known_all_the_same(
+    tmp_path: Path, model_type: str, message: str
+) -> None:
+    config = {"architectures": ["SomeForCausalLM"], "model_type": model_type}
+    reading = read_checkpoint(write_model(tmp_path / "m", config), model="other")
+    [problem] = reading.problems
+    assert (problem.code, problem.blocking) == ("model.unknown_architecture", False)
+    assert message in problem.message
+    assert reading.facts == ModelFacts(
+        model="other",
+        source="folder",
+        architecture="SomeForCausalLM",
+        model_type=model_type,
+        dtype="bfloat16",
+        tensors=(HeaderTensor("model", "BF16", (500,), 1000),),
+        weights_bytes=1000,
+    )
+    assert reading.facts.parameters == 500
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {**GEMMA, "num_hidden_layers": "two"},
+        {**GEMMA, "head_dim": -1},
+        {**GEMMA, "vocab_size": 2**60},
+        {"model_type": "gemma3", "text_config": []},
+        {"architectures": [3], "model_type": 4, "quantization_config": 5, "torch_dtype": 6},
+    ],
+)
+def test_a_config_that_makes_no_sense_is_a_warning(tmp_path: Path, config: dict[str, Any]) -> None:
+    reading = read_checkpoint(write_model(tmp_path / "m", config))
+    [problem] = reading.problems
+    assert problem.code in ("model.bad_config", "model.unknown_architecture")
+    assert not problem.blocking
+    assert facts_of(reading).geometry is None
+    assert facts_of(reading).weights_bytes == 1000
+
+
+def test_an_fp8_kv_cache_that_the_checkpoint_asks_for(tmp_path: Path) -> None:
+    scheme = {"num_bits": 8, "type": "float"}
+    config = {**GEMMA, "quantization_config": {**QUANTIZED, "kv_cache_scheme": scheme}}
+    assert facts_of(read_checkpoint(write_model(tmp_path / "m", config))).has_fp8_kv_cache

@@ -20,6 +20,11 @@ def test_the_reference_of_settings_is_up_to_date():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_the_tables_of_the_planner_are_up_to_date():
+    command = [sys.executable, str(ROOT / "scripts" / "generate_planner_tables.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
@@ -32,6 +37,7 @@ def test_the_readme_shows_every_command_and_only_flags_that_exist():
     assert all(f"### `gemma-serve {name}`" in text for name in commands)
     ours = {setting.flag for setting in SETTINGS}
     others = {"--config", "--json", "--format", "--smoke-test", "--once", "--url", "--debug"}
+    others |= {"--for-gpu", "--engine-version", "--device", "--force", "--family"}
     shown = set(re.findall(r"gemma-serve [^\n`]*?(--[a-z-]+)", text))
     assert shown <= ours | others
 

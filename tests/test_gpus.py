@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_serve.errors import Problem, UsageError
-from gemma_serve.planning.gpus import (
+from gemma_serve.planning.hardware.gpus import (
     Chosen,
     VisibleGpus,
     choose_gpus,

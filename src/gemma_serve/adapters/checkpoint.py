@@ -1,70 +1,66 @@
-"""A checkpoint in a folder: its config.json and the sizes of its weight files."""
+"""A checkpoint in a folder: its config.json and the headers of its weight files."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_serve.errors import Problem
-from gemma_serve.planning.checkpoint import (
-    DTYPE_NAMES,
-    CheckpointReading,
-    Source,
-    checkpoint_from_config,
-    gemma_problem,
-)
+from gemma_serve.planning.model.facts import FactsReading, Source, facts_from_config
+from gemma_serve.planning.model.weights import HeaderTensor
 
 _INDEX = "model.safetensors.index.json"
 # A header lists every tensor: about 100 bytes each. More than this is no header.
 _LONGEST_HEADER = 100 * 2**20
+# The second for brackets within brackets without end.
+_NOT_JSON = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """The tensors of one file or of all: bytes by dtype, as safetensors names them ("BF16")."""
+    """The tensors that the weight files hold; of PyTorch's own files only the size is known."""
 
-    bytes_by_dtype: Counter[str]
+    tensors: tuple[HeaderTensor, ...] = ()
+    pickled_bytes: int | None = None
     problems: tuple[Problem, ...] = ()
 
 
 def read_checkpoint(
     folder: Path, *, model: str | None = None, source: Source = "folder"
-) -> CheckpointReading:
+) -> FactsReading:
     """The checkpoint in `folder`; `model` is the name to call it by, else the folder's path.
 
-    Without a readable config.json there is no checkpoint. With weights that are missing or cut
-    short there is one, whose size is unknown.
+    Without a readable config.json there are no facts. With weights that are missing or cut short
+    the facts are those of the config, and the problem is a blocking one.
     """
     if not folder.is_dir():
-        return CheckpointReading(problems=(_not_found(folder),))
+        return FactsReading(problems=(_not_found(folder),))
     config = _read_json(folder / "config.json")
     if config is None:
-        return CheckpointReading(problems=(_no_config(folder),))
+        return FactsReading(problems=(_no_config(folder),))
     weights = _read_weights(folder)
-    size = None if weights.problems else weights.bytes_by_dtype.total()
-    checkpoint = checkpoint_from_config(
-        model or str(folder), config, source=source, weights_bytes=size
-    )
-    if checkpoint.dtype is None and weights.bytes_by_dtype:
-        [(commonest, _)] = weights.bytes_by_dtype.most_common(1)
-        checkpoint = replace(checkpoint, dtype=DTYPE_NAMES.get(commonest))
-    other = gemma_problem(checkpoint)
-    return CheckpointReading(checkpoint, (*weights.problems, *([other] if other else [])))
+    tensors = () if weights.problems else weights.tensors
+    reading = facts_from_config(model or str(folder), config, source=source, tensors=tensors)
+    if reading.facts is not None and weights.pickled_bytes is not None:
+        facts = replace(reading.facts, weights_bytes=weights.pickled_bytes)
+        reading = replace(reading, facts=facts)
+    return reading.adding(*weights.problems)
 
 
 def _read_weights(folder: Path) -> _Weights:
     """All of the folder's weights: safetensors if there are any, else PyTorch's own files."""
     index = _read_json(folder / _INDEX)
     if index is not None:
-        shards = sorted({str(shard) for shard in index.get("weight_map", {}).values()})
+        weight_map = index.get("weight_map")
+        named = weight_map.values() if isinstance(weight_map, dict) else ()
+        shards = sorted({str(shard) for shard in named})
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
-            return _Weights(Counter(), (_shards_missing(folder, missing, shards),))
-        return _sum(folder / shard for shard in shards)
+            return _Weights(problems=(_shards_missing(folder, missing, shards),))
+        return _join(folder / shard for shard in shards)
     files = sorted(
         # `consolidated.*` holds the same weights a second time, in the authors' own layout.
         file
@@ -72,17 +68,19 @@ def _read_weights(folder: Path) -> _Weights:
         if not file.name.startswith("consolidated")
     )
     if files:
-        return _sum(files)
+        return _join(files)
     pickles = list(folder.glob("pytorch_model*.bin"))
     if pickles:
-        return _Weights(Counter({"": sum(file.stat().st_size for file in pickles)}))
-    return _Weights(Counter(), (_no_weights(folder),))
+        return _Weights(pickled_bytes=sum(file.stat().st_size for file in pickles))
+    return _Weights(problems=(_no_weights(folder),))
 
 
-def _sum(files: Iterable[Path]) -> _Weights:
+def _join(files: Iterable[Path]) -> _Weights:
     each = [_read_header(file) for file in files]
-    total = sum((weights.bytes_by_dtype for weights in each), start=Counter[str]())
-    return _Weights(total, tuple(problem for weights in each for problem in weights.problems))
+    return _Weights(
+        tensors=tuple(tensor for weights in each for tensor in weights.tensors),
+        problems=tuple(problem for weights in each for problem in weights.problems),
+    )
 
 
 def _read_header(file: Path) -> _Weights:
@@ -95,30 +93,29 @@ def _read_header(file: Path) -> _Weights:
             length = int.from_bytes(stream.read(8), "little")
             text = stream.read(length) if length <= _LONGEST_HEADER else b""
         size = file.stat().st_size
-        tensors = _tensors(json.loads(text))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return _Weights(Counter(), (_not_safetensors(file),))
-    sizes: Counter[str] = Counter()
-    for dtype, first, last in tensors:
-        sizes[dtype] += last - first
-    wanted = 8 + length + max((last for _, _, last in tensors), default=0)
-    return _Weights(sizes, (_cut_short(file, size, wanted),) if size < wanted else ())
+        header = json.loads(text)
+        tensors = tuple(
+            _tensor(name, entry) for name, entry in header.items() if name != "__metadata__"
+        )
+        end = max((int(header[t.name]["data_offsets"][1]) for t in tensors), default=0)
+    except (OSError, *_NOT_JSON, TypeError, LookupError, AttributeError, OverflowError):
+        return _Weights(problems=(_not_safetensors(file),))
+    wanted = 8 + length + end
+    return _Weights(tensors, problems=(_cut_short(file, size, wanted),) if size < wanted else ())
 
 
-def _tensors(header: Any) -> list[tuple[str, int, int]]:
-    """Each tensor's dtype, first byte and end."""
-    found = []
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            first, last = tensor["data_offsets"]
-            found.append((str(tensor["dtype"]), int(first), int(last)))
-    return found
+def _tensor(name: str, entry: Any) -> HeaderTensor:
+    first, last = entry["data_offsets"]
+    shape = tuple(int(length) for length in entry["shape"])
+    if not 0 <= first <= last:
+        raise ValueError(name)
+    return HeaderTensor(name, str(entry["dtype"]), shape, int(last) - int(first))
 
 
 def _read_json(file: Path) -> Mapping[str, Any] | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *_NOT_JSON):
         return None
     return content if isinstance(content, dict) else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from gemma_serve.errors import Problem
-from gemma_serve.planning.gpus import Gpu, GpuInventory, GpuProcess
+from gemma_serve.planning.hardware.gpus import Gpu, GpuInventory, GpuProcess
 
 UNKNOWN = "unknown"
 

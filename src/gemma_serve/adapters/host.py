@@ -16,6 +16,11 @@ def available_memory_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory_bytes() -> int:
+    """All of the main memory."""
+    return int(psutil.virtual_memory().total)
+
+
 def usable_cores() -> tuple[int, ...]:
     """The CPU cores that this process may run on; empty where the platform doesn't say."""
     if not hasattr(os, "sched_getaffinity"):

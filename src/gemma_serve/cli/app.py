@@ -16,6 +16,7 @@ import typer
 
 from gemma_serve import __version__
 from gemma_serve.cli.check_gpu import check_gpu
+from gemma_serve.cli.models import models
 from gemma_serve.cli.plan import plan
 from gemma_serve.cli.smoke_test import smoke_test
 from gemma_serve.cli.up import up
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("up")(up)
 app.command("plan")(plan)
 app.command("check-gpu")(check_gpu)
+app.command("models")(models)
 app.command("smoke-test")(smoke_test)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from gemma_serve.cli.options import AsJson, ConfigFile, with_settings
+from gemma_serve.cli.options import (
+    AsJson,
+    ConfigFile,
+    EngineVersion,
+    ForGpu,
+    OnDevice,
+    with_settings,
+)
 from gemma_serve.errors import EXIT_NO, EXIT_OK
 
 
@@ -15,35 +22,41 @@ from gemma_serve.errors import EXIT_NO, EXIT_OK
     "tensor_parallel_size",
     "gpus",
     "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
     "dtype",
+    "quantization",
+    "kv_cache_dtype",
+    "enforce_eager",
+    "language_model_only",
+    "engine_python",
     "download_dir",
+    "engine_args",
 )
-def check_gpu(*, flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> int:
-    """Show the GPUs and whether a model fits."""
-    from gemma_serve.planning.config import resolve
+def check_gpu(
+    *,
+    flags: dict[str, Any],
+    config: ConfigFile = None,
+    for_gpu: ForGpu = None,
+    engine_version: EngineVersion = None,
+    device: OnDevice = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show the GPUs, and whether and how a model fits them."""
     from gemma_serve.usecases.check_gpu import check_gpu as look
-    from gemma_serve.usecases.configure import read_layers
+    from gemma_serve.usecases.target import PlanFor
     from gemma_serve.view.gpu import gpu_data, gpu_text
     from gemma_serve.view.output import Output
 
-    layers, warnings = read_layers(flags, os.environ, config)
-    resolved = resolve(layers)
-    given = resolved.config
-    report = look(
-        environ=os.environ,
-        model=None if resolved.sources["model"] == "default" else given.model,
-        revision=given.revision,
-        tensor_parallel_size=given.tensor_parallel_size,
-        gpus=given.gpus,
-        gpu_memory_utilization=given.gpu_memory_utilization,
-        dtype=given.dtype,
-        download_dir=given.download_dir,
-    )
+    plan_for = PlanFor(engine_version, device.value if device else None, for_gpu)
+    report = look(flags, environ=os.environ, file=config, plan_for=plan_for)
     Output(as_json=as_json).result(
         "check-gpu",
         ok=report.ok,
         data=gpu_data(report),
-        problems=(*warnings, *report.problems),
+        problems=report.problems,
         text=gpu_text(report),
     )
     return EXIT_OK if report.ok else EXIT_NO

@@ -5,12 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gemma_serve.planning.settings import SETTINGS, Setting
+
+
+class DeviceName(StrEnum):
+    """What the engine runs on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
 
 ConfigFile = Annotated[
     Path | None,
@@ -19,6 +28,30 @@ ConfigFile = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+ForGpu = Annotated[
+    str | None,
+    typer.Option(
+        "--for-gpu",
+        metavar="CARD",
+        help="Plan for GPUs that needn't be here: h200, l4x2, 24GiB, 80GiBx4.",
+    ),
+]
+EngineVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-version",
+        metavar="X.Y.Z",
+        help="Plan for this version of vLLM; by default the one that is installed.",
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Start although the checks of GPUs and memory say no."),
+]
+OnDevice = Annotated[
+    DeviceName | None,
+    typer.Option("--device", help="Plan for vLLM on NVIDIA GPUs or on the CPU."),
+]
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gemma_serve.cli.options import AsJson, ConfigFile, with_settings
+from gemma_serve.cli.options import AsJson, ConfigFile, Force, with_settings
 from gemma_serve.errors import EXIT_NO, EXIT_OK, GemmaServeError
 
 
@@ -23,6 +23,7 @@ def up(
         bool,
         typer.Option("--once", help="Stop when ready and tested, with the test's exit code."),
     ] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> int:
     """Start Gemma, show that it answers, and serve until Ctrl-C."""
@@ -32,7 +33,7 @@ def up(
     from gemma_serve.usecases.up import up as run
     from gemma_serve.view.up import UpView
 
-    plan = make_plan(flags, environ=os.environ, file=config)
+    plan = make_plan(flags, environ=os.environ, file=config, force=force)
     view = UpView(plan, as_json=as_json)
     problems = check_before_start(plan)
     view.checked(problems)

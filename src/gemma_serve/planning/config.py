@@ -93,7 +93,7 @@ class ServeConfig(BaseModel):
     served_model_name: Name | None = None
     host: Name = "127.0.0.1"
     port: Annotated[int, BeforeValidator(_no_switch), Field(ge=0, le=65535)] = 8000
-    tensor_parallel_size: Count = 1
+    tensor_parallel_size: Count | None = None
     gpus: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)] | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_memory_bytes: Count | None = None
@@ -182,6 +182,11 @@ class ResolvedConfig:
 
     config: ServeConfig
     sources: Mapping[str, str]
+
+    def changed(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> ResolvedConfig:
+        """The same with other values, which are known to be valid, and where they came from."""
+        config = self.config.model_copy(update=dict(values))
+        return ResolvedConfig(config, {**self.sources, **sources})
 
 
 def resolve(layers: Sequence[Layer]) -> ResolvedConfig:

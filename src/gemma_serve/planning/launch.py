@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from gemma_serve.planning.config import EngineArg, ServeConfig
-from gemma_serve.planning.gpus import Gpu, cuda_environment
+from gemma_serve.planning.hardware.gpus import Gpu, cuda_environment
 
 # `vllm serve` looks up a distribution called "vllm", which CPU builds are not; this module is
 # in every build. (`vllm.entrypoints.api_server`, of many tutorials, has no /v1 at all.)
@@ -76,7 +76,7 @@ def render_launch(
     """
     argv = (str(engine.python), "-m", SERVER_MODULE, *_arguments(config, engine.device, model))
     secrets = {} if key_source is None else {"VLLM_API_KEY": key_source}
-    environment = _environment(engine, model, cores, config.tensor_parallel_size)
+    environment = _environment(engine, model, cores, config.tensor_parallel_size or 1)
     missing = {k: v for k, v in environment.items() if k not in (inherited or {})}
     # Ours wins over an inherited CUDA_VISIBLE_DEVICES: the choice was made among what it shows.
     return Launch(argv, missing | (cuda_environment(gpus) if gpus else {}), secrets)

@@ -46,7 +46,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("served_model_name", "NAME", "The name that clients ask for; by default the model's."),
     Setting("host", "ADDRESS", "Address to listen on. Default: 127.0.0.1."),
     Setting("port", "PORT", "Port to listen on; 0 takes a free one. Default: 8000."),
-    Setting("tensor_parallel_size", "N", "Number of GPUs to split the model over. Default: 1."),
+    Setting(
+        "tensor_parallel_size",
+        "N",
+        "Number of GPUs to split the model over; by default the least that fits.",
+    ),
     Setting("gpus", "LIST", "The GPUs to use, as nvidia-smi numbers them or by UUID: 1,3."),
     Setting(
         "gpu_memory_utilization",
@@ -58,7 +62,11 @@ SETTINGS: tuple[Setting, ...] = (
         "BYTES",
         "Exact size of the KV cache per GPU (512M, 8G), instead of what the share leaves.",
     ),
-    Setting("max_model_len", "TOKENS", "Longest prompt plus answer; by default the model's own."),
+    Setting(
+        "max_model_len",
+        "TOKENS",
+        "Longest prompt plus answer; by default the model's own, or the longest that fits.",
+    ),
     Setting("max_num_seqs", "N", "Most requests in one batch; by default vLLM's choice."),
     Setting(
         "max_num_batched_tokens", "N", "Most tokens in one engine step; by default vLLM's choice."

@@ -1,178 +1,153 @@
-"""What GPUs this machine has, which would be used, and whether a model's weights fit."""
+"""What GPUs there are, which would be used, and whether and how a model fits them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from gemma_serve.adapters.checkpoint import read_checkpoint
-from gemma_serve.adapters.gpu import read_gpus
-from gemma_serve.adapters.hub import cached_snapshot, is_offline, offline_problem, read_hub
-from gemma_serve.adapters.package_data import data_path, load_catalogue
 from gemma_serve.errors import Problem
-from gemma_serve.planning.checkpoint import (
-    Checkpoint,
-    CheckpointReading,
-    engine_dtype,
-    loaded_bytes,
-    nearest_model,
-)
-from gemma_serve.planning.gpu_problems import WeightsFit, driver_problem, gpu_problems, weights_fit
-from gemma_serve.planning.gpus import Chosen, GpuInventory, VisibleGpus, choose_gpus, visible_gpus
+from gemma_serve.planning.config import Layer, ResolvedConfig, ServeConfig, resolve
+from gemma_serve.planning.hardware.gpu_problems import gpu_problems
+from gemma_serve.planning.hardware.gpus import Chosen, choose_gpus
+from gemma_serve.planning.launch import Device, Engine, render_launch
+from gemma_serve.planning.memory.budget import Fit
+from gemma_serve.planning.model.facts import FactsReading
 from gemma_serve.planning.smoke import DEMO_MODEL
+from gemma_serve.usecases.configure import read_layers
+from gemma_serve.usecases.fit import FitReport, judge_fit, planned_values, with_a_way_out
+from gemma_serve.usecases.model_facts import find_model, find_model_facts
+from gemma_serve.usecases.target import (
+    Hardware,
+    PlanFor,
+    cpu_defaults,
+    find_hardware,
+    find_wanted_engine,
+)
 
 
 @dataclass(frozen=True)
 class GpuReport:
-    """Everything that was found out; `weights` is None without a model, its size or a GPU."""
+    """Everything that was found out; `fit` is None where no model was asked for.
 
-    inventory: GpuInventory
-    visible: VisibleGpus
+    `argv` is the engine's command line of the plan, if there is one.
+    """
+
+    hardware: Hardware
     chosen: Chosen
-    checkpoint: Checkpoint | None
-    weights: WeightsFit | None
+    fit: FitReport | None
     problems: tuple[Problem, ...]
+    argv: tuple[str, ...] | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether an engine can start: a GPU is there, and nothing stands in the way."""
-        return bool(self.chosen.gpus) and not any(p.blocking for p in self.problems)
+        """Whether an engine can start: there is something to run on, and nothing in the way.
+
+        A plan that does not fit is a no, also where it is only a warning for `up`, since flags
+        were given whose memory isn't planned.
+        """
+        has_device = bool(self.chosen.gpus) or self.hardware.device == "cpu"
+        judged = self.fit is not None and self.fit.decision is not None
+        fits = not judged or (self.fit is not None and self.fit.fits)
+        return has_device and fits and not any(problem.blocking for problem in self.problems)
 
 
 def check_gpu(
+    flags: Mapping[str, Any],
     *,
     environ: Mapping[str, str],
-    model: str | None = None,
-    revision: str | None = None,
-    tensor_parallel_size: int = 1,
-    gpus: tuple[str, ...] | None = None,
-    gpu_memory_utilization: float = 0.9,
-    dtype: str = "auto",
-    download_dir: Path | None = None,
+    file: Path | None = None,
+    plan_for: PlanFor | None = None,
 ) -> GpuReport:
-    """Look at the GPUs and, with a `model`, at the size of its weights. Changes nothing.
+    """Look at the GPUs and, where a model is named, whether and how it fits. Changes nothing.
 
     Raises:
-        UsageError: `gpus` doesn't name visible GPUs, or not `tensor_parallel_size` of them.
+        UsageError: a value or a file is wrong, or names GPUs that aren't visible.
     """
-    inventory = read_gpus()
-    visible = visible_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"))
-    chosen = choose_gpus(visible.gpus, wanted=gpus, count=tensor_parallel_size)
-    reading = CheckpointReading()
-    if model is not None:
-        reading = find_checkpoint(model, revision, cache_dir=download_dir)
-    checkpoint = reading.checkpoint
-    weights = _weights(checkpoint, chosen, dtype, gpu_memory_utilization, tensor_parallel_size)
-    found: Sequence[Problem] = ()
+    wanted = plan_for or PlanFor()
+    layers, warnings = read_layers(flags, environ, file)
+    device: Device = "cuda" if wanted.for_gpu else wanted.device or "cuda"
+    resolved = as_many_as_named(resolve(layers), device)
+    config = resolved.config
+    hardware = find_hardware(environ, device, wanted.for_gpu, count=config.tensor_parallel_size)
+    if resolved.sources["model"] == "default":
+        report = judge_hardware(hardware, config)
+        return replace(report, problems=(*warnings, *report.problems))
+    if device == "cpu":
+        defaults = cpu_defaults(environ, is_demo=config.model == DEMO_MODEL)
+        values = {name: value for name, (value, _) in defaults.items()}
+        config = as_many_as_named(resolve([*layers, Layer("detected", values)]), device).config
+    engine, _ = find_wanted_engine(config.engine_python, environ, replace(wanted, device=device))
+    reading = find_model_facts(config.model, config.revision, cache_dir=config.download_dir)
+    sized = with_cpu_space(config, device, environ)
+    report = judge_hardware(hardware, sized, reading=reading, engine_version=engine.version)
+    return replace(
+        report,
+        problems=(*warnings, *report.problems),
+        argv=_argv(config, report, engine) if report.fit and report.fit.decision else None,
+    )
+
+
+def judge_hardware(
+    hardware: Hardware,
+    config: ServeConfig,
+    *,
+    reading: FactsReading | None = None,
+    engine_version: str | None = None,
+) -> GpuReport:
+    """The verdict on the hardware and, with the facts of a model, on the memory.
+
+    Raises:
+        UsageError: `config.gpus` doesn't name visible GPUs, or not as many as are to be used.
+    """
+    fit = None
+    if reading is not None:
+        machine = hardware.machine(config.gpus)
+        fit = judge_fit(reading, config, machine, engine_version)
+    judged = fit.decision.fit if fit is not None and fit.decision is not None else None
+    size = judged.settings.tensor_parallel_size if judged else config.tensor_parallel_size or 1
+    chosen = choose_gpus(hardware.visible.gpus, wanted=config.gpus, count=size)
+    found: tuple[Problem, ...] = ()
     if chosen.gpus:
         found = gpu_problems(
             chosen.gpus,
-            gpu_memory_utilization=gpu_memory_utilization,
-            weights_bytes=weights.loaded_bytes if weights else None,
-            tensor_parallel_size=tensor_parallel_size,
-            dtype=dtype,
-            model_type=checkpoint.model_type if checkpoint else None,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            needed_bytes=_needed_bytes(judged),
+            tensor_parallel_size=size,
+            dtype=config.dtype,
+            engine_dtype=judged.settings.dtype if judged else None,
         )
-    problems = (*_seen(inventory), *visible.problems, *found, *reading.problems)
-    return GpuReport(inventory, visible, chosen, checkpoint, weights, problems)
+    if fit is not None:
+        found = tuple(with_a_way_out(problem, fit.alternatives) for problem in found)
+    of_model = () if reading is None else reading.problems
+    of_fit = () if fit is None else fit.problems
+    return GpuReport(hardware, chosen, fit, (*hardware.problems, *found, *of_model, *of_fit))
 
 
-def find_checkpoint(
-    model: str, revision: str | None = None, *, cache_dir: Path | None = None
-) -> CheckpointReading:
-    """The model's facts from the nearest place that has them.
-
-    A folder is read as it is. A name is looked up on the Hub, then in the Hub's local cache,
-    then in the catalogue; offline, the Hub is left out. A size that nobody knows is a problem.
-    """
-    folder = as_folder(model)
-    if folder is not None:
-        reading = read_checkpoint(folder, model=model)
-    elif is_offline():
-        reading = _without_hub(model, revision, cache_dir, offline_problem())
-    else:
-        reading = read_hub(model, revision)
-        if any(problem.blocking for problem in reading.problems):
-            return _with_suggestion(model, reading)
-        if reading.checkpoint is None or reading.checkpoint.weights_bytes is None:
-            reading = _without_hub(model, revision, cache_dir, *reading.problems)
-    return _with_known_size(model, reading)
+def with_cpu_space(config: ServeConfig, device: Device, environ: Mapping[str, str]) -> ServeConfig:
+    """vLLM's own variable for the cache of a CPU engine, in whole GiB, wins over our setting."""
+    space = environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    if device != "cpu" or not space.isdecimal() or int(space) == 0:
+        return config
+    return config.model_copy(update={"kv_cache_memory_bytes": int(space) * 2**30})
 
 
-def _weights(
-    checkpoint: Checkpoint | None,
-    chosen: Chosen,
-    dtype: str,
-    gpu_memory_utilization: float,
-    tensor_parallel_size: int,
-) -> WeightsFit | None:
-    if checkpoint is None or not chosen.gpus:
-        return None
-    loaded = loaded_bytes(checkpoint, engine_dtype(dtype, checkpoint, chosen.gpus))
-    if loaded is None:
-        return None
-    return weights_fit(
-        chosen.gpus,
-        gpu_memory_utilization=gpu_memory_utilization,
-        weights_bytes=loaded,
-        tensor_parallel_size=tensor_parallel_size,
+def as_many_as_named(resolved: ResolvedConfig, device: Device) -> ResolvedConfig:
+    """GPUs that were named are all to be used."""
+    config = resolved.config
+    if device == "cpu" or config.gpus is None or config.tensor_parallel_size is not None:
+        return resolved
+    reason = "planned: as many as `gpus` names"
+    return resolved.changed(
+        {"tensor_parallel_size": len(config.gpus)}, {"tensor_parallel_size": reason}
     )
 
 
-def _seen(inventory: GpuInventory) -> list[Problem]:
-    driver = driver_problem(inventory.cuda_version) if inventory.gpus else None
-    return [p for p in (inventory.problem, *inventory.problems, driver) if p is not None]
+def _argv(config: ServeConfig, report: GpuReport, engine: Engine) -> tuple[str, ...]:
+    planned = config.model_copy(update=planned_values(report.fit))
+    return render_launch(planned, engine=engine, model=find_model(planned)).argv
 
 
-def as_folder(model: str) -> Path | None:
-    """The folder that `model` means, if it means one; as vLLM, a folder that exists goes first."""
-    if model == DEMO_MODEL:
-        return data_path(DEMO_MODEL)
-    path = Path(model).expanduser()
-    if path.is_dir() or path.is_absolute() or model.startswith((".", "~")):
-        return path
-    return None
-
-
-def _without_hub(
-    model: str, revision: str | None, cache_dir: Path | None, *why: Problem
-) -> CheckpointReading:
-    snapshot = cached_snapshot(model, revision, cache_dir)
-    if snapshot is not None:
-        cached = read_checkpoint(snapshot, model=model, source="cache")
-        # Half a download: the rest will be fetched, so it is no problem yet.
-        if cached.checkpoint is not None and cached.checkpoint.weights_bytes is not None:
-            return cached
-    entry = next((entry for entry in load_catalogue() if entry.id == model), None)
-    return CheckpointReading(entry.checkpoint() if entry else None, why)
-
-
-def _with_suggestion(model: str, reading: CheckpointReading) -> CheckpointReading:
-    near = _nearest(model)
-    if near is None or near == model:
-        return reading
-    problems = tuple(
-        replace(p, hint=f"did you mean `--model {near}`?") if p.code == "model.not_found" else p
-        for p in reading.problems
-    )
-    return replace(reading, problems=problems)
-
-
-def _with_known_size(model: str, reading: CheckpointReading) -> CheckpointReading:
-    known = reading.checkpoint is not None and reading.checkpoint.weights_bytes is not None
-    if known or any(problem.blocking for problem in reading.problems):
-        return reading
-    near = _nearest(model)
-    unknown = Problem(
-        "model.size_unknown",
-        f"nobody could say how large {model} is, so whether it fits is not known",
-        hint=f"did you mean `--model {near}`?"
-        if near not in (None, model)
-        else "download the model first and give its folder with `--model DIR`",
-    )
-    return replace(reading, problems=(*reading.problems, unknown))
-
-
-def _nearest(model: str) -> str | None:
-    return nearest_model(model, [DEMO_MODEL, *(entry.id for entry in load_catalogue())])
+def _needed_bytes(fit: Fit | None) -> int | None:
+    return None if fit is None else fit.memory.used_bytes - fit.memory.kv_cache_bytes

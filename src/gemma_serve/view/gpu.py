@@ -4,36 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gemma_serve.planning.checkpoint import Source
-from gemma_serve.planning.gpus import Gpu, GpuProcess
+from gemma_serve.planning.hardware.gpus import Gpu, GpuProcess
 from gemma_serve.usecases.check_gpu import GpuReport
+from gemma_serve.view.fit import fit_data, fit_text
 from gemma_serve.view.output import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_SOURCES: dict[Source, str] = {
-    "folder": "by the folder's files",
-    "cache": "by the files in the local cache",
-    "hub": "by the Hub's list of files",
-    "catalogue": "by gemma-serve's own catalogue",
-}
-
 
 def gpu_data(report: GpuReport) -> dict[str, Any]:
     """The report for `--json`; sizes in bytes."""
-    visible = {gpu.uuid for gpu in report.visible.gpus}
-    chosen = {gpu.uuid for gpu in report.chosen.gpus}
     return {
-        "driver_version": report.inventory.driver_version,
-        "cuda_version": report.inventory.cuda_version,
-        "gpus": [
-            _one_gpu(gpu, visible=gpu.uuid in visible, chosen=gpu.uuid in chosen)
-            for gpu in report.inventory.gpus
-        ],
-        "model": _model_data(report),
+        "device": report.hardware.device,
+        "driver_version": report.hardware.inventory.driver_version,
+        "cuda_version": report.hardware.inventory.cuda_version,
+        "engine_version": report.fit.engine_version if report.fit else None,
+        "gpus": gpus_data(report),
+        **fit_data(report.fit, report.argv),
     }
+
+
+def gpus_data(report: GpuReport) -> list[dict[str, Any]]:
+    """Every GPU, and whether it is visible and chosen."""
+    visible, chosen = report.hardware.visible.gpus, report.chosen.gpus
+    return [
+        _one_gpu(gpu, visible=gpu in visible, chosen=gpu in chosen)
+        for gpu in report.hardware.inventory.gpus
+    ]
 
 
 def gpu_text(report: GpuReport) -> RenderableType:
@@ -41,31 +40,25 @@ def gpu_text(report: GpuReport) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    if not report.inventory.gpus:
-        return Text("No GPU.")
-    driver = report.inventory.driver_version or "unknown"
-    cuda = report.inventory.cuda_version or "unknown"
-    lines = [f"Driver {driver}, which runs CUDA up to {cuda}."]
-    if report.chosen.gpus:
-        lines.append(f"Chosen: {report.chosen.reason}.")
-    lines += weights_sentences(report)
-    return Group(_table(report), Text("\n".join(lines)))
-
-
-def weights_sentences(report: GpuReport) -> list[str]:
-    """The weights, where their size came from, and the memory that vLLM may use; maybe nothing."""
-    checkpoint, weights = report.checkpoint, report.weights
-    if checkpoint is None or weights is None:
-        return []
-    about = "about " if checkpoint.approximate else ""
-    each = "" if weights.share_bytes == weights.loaded_bytes else " on each GPU"
-    left = gib(weights.requested_bytes - weights.share_bytes)
-    answer = f"they fit and leave {left} for all else" if weights.fits else "they do not fit"
-    return [
-        f"The weights of {checkpoint.model} take {about}{gib(weights.share_bytes)}{each} "
-        f"({_SOURCES[checkpoint.source]}).",
-        f"vLLM may use {gib(weights.requested_bytes)} of GPU {weights.gpu.index}: {answer}.",
-    ]
+    parts: list[RenderableType] = []
+    hardware = report.hardware
+    if hardware.for_gpu is not None:
+        cards = hardware.for_gpu
+        cards_text = f"{cards.count} x {cards.name}" if cards.count > 1 else cards.name
+        each = " each" if cards.count > 1 else ""
+        parts.append(Text(f"Planned for {cards_text} of {gib(cards.total_bytes)}{each}."))
+    elif hardware.device == "cuda" and not hardware.inventory.gpus:
+        parts.append(Text("No GPU."))
+    elif hardware.device == "cuda":
+        driver = hardware.inventory.driver_version or "unknown"
+        cuda = hardware.inventory.cuda_version or "unknown"
+        lines = [f"Driver {driver}, which runs CUDA up to {cuda}."]
+        if report.chosen.gpus:
+            lines.append(f"Chosen: {report.chosen.reason}.")
+        parts += [_table(report), Text("\n".join(lines))]
+    if report.fit is not None and report.fit.facts is not None:
+        parts += [Text(), fit_text(report.fit)] if parts else [fit_text(report.fit)]
+    return Group(*parts)
 
 
 def _one_gpu(gpu: Gpu, *, visible: bool, chosen: bool) -> dict[str, Any]:
@@ -88,18 +81,6 @@ def _one_gpu(gpu: Gpu, *, visible: bool, chosen: bool) -> dict[str, Any]:
     }
 
 
-def _model_data(report: GpuReport) -> dict[str, Any] | None:
-    checkpoint, weights = report.checkpoint, report.weights
-    if checkpoint is None:
-        return None
-    return {
-        "id": checkpoint.model,
-        "weights_bytes": weights.loaded_bytes if weights else checkpoint.weights_bytes,
-        "source": checkpoint.source,
-        "fits": weights.fits if weights else None,
-    }
-
-
 def _table(report: GpuReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -113,7 +94,7 @@ def _table(report: GpuReport) -> Table:
     table.add_column("bf16")
     table.add_column("use", no_wrap=True)
     table.add_column("held by")
-    for gpu in report.inventory.gpus:
+    for gpu in report.hardware.inventory.gpus:
         sizes = [gib(size) for size in (gpu.total_bytes, gpu.used_bytes, gpu.free_bytes)]
         bf16 = "yes" if gpu.supports_bf16 else "no"
         cells = [str(gpu.index), gpu.name, *sizes, _capability(gpu), bf16, _use(report, gpu)]
@@ -122,7 +103,7 @@ def _table(report: GpuReport) -> Table:
 
 
 def _use(report: GpuReport, gpu: Gpu) -> str:
-    use = "visible" if gpu in report.visible.gpus else "hidden"
+    use = "visible" if gpu in report.hardware.visible.gpus else "hidden"
     if gpu in report.chosen.gpus:
         use = "chosen"
     return f"{use}, MIG" if gpu.mig_enabled else use

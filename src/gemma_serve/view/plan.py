@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_serve.planning.config import client_url
 from gemma_serve.usecases.plan import ServePlan
+from gemma_serve.view.fit import fit_data, fit_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,6 +28,7 @@ def plan_data(plan: ServePlan) -> dict[str, Any]:
             "version": plan.engine.version,
         },
         "gpus": [{"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name} for gpu in plan.gpus],
+        **fit_data(plan.report.fit, plan.launch.argv),
         "argv": list(plan.launch.argv),
         "environment": dict(plan.launch.environment),
         "secrets": dict(plan.launch.secrets),
@@ -79,7 +81,9 @@ def plan_table(plan: ServePlan) -> RenderableType:
     head += [f"GPU {gpu.index}    {gpu.name}" for gpu in plan.gpus]
     head += [f"note     {note}" for note in plan.notes]
     head.append(f"URL      {client_url(plan.config.host, plan.config.port)}/v1")
-    return Group(Text("\n".join(head) + "\n"), table, "")
+    fit = plan.report.fit
+    verdict = () if fit is None else (fit_text(fit, reasons=False), "")
+    return Group(Text("\n".join(head) + "\n"), *verdict, table, "")
 
 
 def _value_text(value: object) -> str:

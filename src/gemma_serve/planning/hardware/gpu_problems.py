@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from gemma_serve.errors import Problem
-from gemma_serve.planning.checkpoint import REFUSES_FLOAT16
-from gemma_serve.planning.gpus import Gpu, GpuProcess, list_gpus, name_gpus
+from gemma_serve.planning.hardware.gpus import Gpu, GpuProcess, list_gpus, name_gpus
 
 # vLLM measures after its CUDA context exists: on an idle H200 it finds 139.29 of 139.8 GiB.
 CONTEXT_BYTES = 600 * 2**20
+
+_OLD_GPU = "Gemma 1 runs in float16 there, later ones in float32, which takes twice the memory"
 
 # Less than this unaccounted for is the driver's and the desktop's own.
 _UNSEEN_BYTES = 2**30
@@ -22,68 +22,30 @@ def requested_bytes(gpu: Gpu, gpu_memory_utilization: float) -> int:
     return math.ceil(gpu.total_bytes * gpu_memory_utilization)
 
 
-@dataclass(frozen=True)
-class WeightsFit:
-    """The weights against the memory they must fit into: that of `gpu`, the smallest chosen.
-
-    `share_bytes` is one GPU's part of the `loaded_bytes`; `requested_bytes` is all that vLLM
-    will claim there, for the weights and everything else.
-    """
-
-    gpu: Gpu
-    loaded_bytes: int
-    share_bytes: int
-    requested_bytes: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether the weights leave anything at all for the rest."""
-        return self.share_bytes < self.requested_bytes
-
-
-def weights_fit(
-    chosen: Sequence[Gpu],
-    *,
-    gpu_memory_utilization: float,
-    weights_bytes: int,
-    tensor_parallel_size: int,
-) -> WeightsFit:
-    """Compare the weights, as loaded, with what vLLM may use of each of `chosen` (at least one)."""
-    smallest = min(chosen, key=lambda gpu: (gpu.total_bytes, gpu.index))
-    return WeightsFit(
-        smallest,
-        weights_bytes,
-        math.ceil(weights_bytes / tensor_parallel_size),
-        requested_bytes(smallest, gpu_memory_utilization),
-    )
-
-
 def gpu_problems(
     chosen: Sequence[Gpu],
     *,
     gpu_memory_utilization: float,
-    weights_bytes: int | None,
+    needed_bytes: int | None,
     tensor_parallel_size: int,
     dtype: str,
-    model_type: str | None = None,
+    engine_dtype: str | None = None,
 ) -> tuple[Problem, ...]:
     """Every reason why vLLM won't start on `chosen`, and what is worth knowing before it does.
 
     Args:
         chosen: at least one GPU.
-        weights_bytes: all weights as they are loaded; None if unknown.
+        needed_bytes: what the engine needs on each GPU beside its KV cache; None if unknown.
         dtype: as configured, "auto" included.
-        model_type: of the model's config.json ("gemma3"); None if unknown.
+        engine_dtype: what "auto" comes to; None if no model is known.
     """
     whole = [gpu for gpu in chosen if not gpu.mig_enabled]
     found = [
         _too_few(chosen, tensor_parallel_size),
         _mixed(chosen),
         *(_mig(gpu) for gpu in chosen if gpu.mig_enabled),
-        *_busy_gpus(whole, gpu_memory_utilization, weights_bytes, tensor_parallel_size),
-        _too_small(whole, gpu_memory_utilization, weights_bytes, tensor_parallel_size),
-        _no_bf16(chosen, dtype, model_type),
-        _no_fp16(dtype, model_type),
+        *_busy_gpus(whole, gpu_memory_utilization, needed_bytes),
+        _no_bf16(chosen, dtype, engine_dtype),
     ]
     return tuple(problem for problem in found if problem is not None)
 
@@ -136,12 +98,11 @@ def _mig(gpu: Gpu) -> Problem:
 
 
 def _busy_gpus(
-    gpus: Sequence[Gpu], utilization: float, weights_bytes: int | None, parallel: int
+    gpus: Sequence[Gpu], utilization: float, needed_bytes: int | None
 ) -> list[Problem | None]:
     works = min((_workable_utilization(gpu) for gpu in gpus), default=0.0)
-    share = math.ceil((weights_bytes or 0) / parallel)
     room = min((requested_bytes(gpu, works) for gpu in gpus), default=0)
-    advice = works if works > 0 and room > share else None
+    advice = works if works > 0 and room > (needed_bytes or 0) else None
     return [_busy(gpu, requested_bytes(gpu, utilization), utilization, advice) for gpu in gpus]
 
 
@@ -203,73 +164,25 @@ def _is_engine(process: GpuProcess) -> bool:
     return process.name.startswith("VLLM::")
 
 
-def _too_small(
-    gpus: Sequence[Gpu], utilization: float, weights_bytes: int | None, parallel: int
-) -> Problem | None:
-    if weights_bytes is None or not gpus:
-        return None
-    fit = weights_fit(
-        gpus,
-        gpu_memory_utilization=utilization,
-        weights_bytes=weights_bytes,
-        tensor_parallel_size=parallel,
-    )
-    if fit.fits:
-        return None
-    # 0.9: weights that fill a card leave no room for the KV cache.
-    needed = _power_of_two_above(weights_bytes / (0.9 * fit.requested_bytes))
-    return Problem(
-        "gpu.too_small",
-        f"the weights take {_gib(fit.share_bytes)} per GPU, and vLLM may use "
-        f"{_gib(fit.requested_bytes)} of GPU {fit.gpu.index} "
-        f"(--gpu-memory-utilization {utilization:g} of {_gib(fit.gpu.total_bytes)})",
-        hint=f"split the model over {needed} such GPUs with `--tensor-parallel-size {needed}`, "
-        "or choose a smaller or a quantized Gemma",
-    )
-
-
-def _no_bf16(chosen: Sequence[Gpu], dtype: str, model_type: str | None) -> Problem | None:
+def _no_bf16(chosen: Sequence[Gpu], dtype: str, engine_dtype: str | None) -> Problem | None:
     old = [gpu for gpu in chosen if not gpu.supports_bf16]
     if not old or dtype not in ("auto", "bfloat16"):
         return None
     major, minor = old[0].compute_capability
+    hint = "say `--dtype auto`, which takes what the GPU can do"
+    if dtype == "auto":
+        hint = {
+            "float32": "it will be computed in float32, which takes twice the memory; a newer GPU "
+            "needs half",
+            "float16": "it will be computed in float16, in which this Gemma can run",
+        }.get(engine_dtype or "", _OLD_GPU)
     return Problem(
         "gpu.no_bf16",
         f"{name_gpus(old)} ({old[0].name}) has compute capability {major}.{minor}; "
         "bfloat16, in which Gemma is published, wants 8.0 or newer",
-        hint=_bf16_advice(model_type),
+        hint,
         blocking=dtype == "bfloat16",
     )
-
-
-def _bf16_advice(model_type: str | None) -> str:
-    if model_type is None:
-        return (
-            "Gemma 1 runs with `--dtype float16`; later ones want `--dtype float32`, "
-            "which takes twice the memory"
-        )
-    if model_type == "gemma":
-        return "say `--dtype float16`, in which Gemma 1 can run"
-    why = "vLLM refuses float16 for this model"
-    if model_type not in REFUSES_FLOAT16:
-        why = "with `auto` vLLM takes float16, in which this model may answer with garbage"
-    return f"say `--dtype float32` (twice the memory), or use a newer GPU; {why}"
-
-
-def _no_fp16(dtype: str, model_type: str | None) -> Problem | None:
-    if dtype != "float16" or model_type not in REFUSES_FLOAT16:
-        return None
-    return Problem(
-        "model.no_fp16",
-        f"--dtype float16 is refused by vLLM for a `{model_type}`, which is numerically unstable "
-        "in it; bfloat16 or float32 is wanted",
-        hint="say `--dtype bfloat16`, or `--dtype float32` on a GPU older than compute "
-        "capability 8.0",
-    )
-
-
-def _power_of_two_above(ratio: float) -> int:
-    return 1 << max(0, math.ceil(math.log2(ratio))) if ratio > 0 else 1
 
 
 def _power_of_two_within(count: int) -> int:

@@ -1,0 +1,1 @@
+"""The GPUs, here or by name, and what is wrong with them."""

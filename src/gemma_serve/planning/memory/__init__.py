@@ -1,0 +1,1 @@
+"""How vLLM divides memory, and what to run so that it fits."""

@@ -1,0 +1,288 @@
+"""What stands between a plan and a running engine, each with the nearest way that works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from gemma_serve.errors import Problem
+from gemma_serve.planning.memory.budget import DeviceMemory, Fit
+from gemma_serve.planning.memory.decision import (
+    Decision,
+    Machine,
+    Wishes,
+    legal_sizes,
+    own_model_len,
+)
+from gemma_serve.planning.memory.engine_rules import EngineRules, EngineRulesTable, least_version
+from gemma_serve.planning.memory.tensor_parallel import illegal_tensor_parallel_reason
+from gemma_serve.planning.model.dtypes import REFUSES_FLOAT16, choose_dtype
+from gemma_serve.planning.model.facts import ModelFacts
+
+# Turing: CUDA 13, for which vLLM's wheels are built, has dropped what is older.
+_OLDEST_CAPABILITY = (7, 5)
+
+
+def plan_problems(
+    facts: ModelFacts, wishes: Wishes, decision: Decision, machine: Machine, rules: EngineRules
+) -> tuple[Problem, ...]:
+    """Everything that vLLM would refuse, and everything worth knowing about the plan.
+
+    Where flags were given whose memory isn't planned, a plan that does not fit is a warning.
+    """
+    refused = (
+        _too_long(facts, wishes),
+        _illegal_split(facts, wishes, machine),
+        _unknown_quantization(wishes, facts, rules),
+        _no_float16(facts, wishes, machine.device(1)),
+        _quantized_in_float32(facts, decision),
+        _too_old(machine.device(1)),
+        *decision.problems,
+    )
+    found = [problem for problem in refused if problem is not None]
+    if decision.fit is not None and not any(problem.blocking for problem in found):
+        device = machine.device(decision.fit.settings.tensor_parallel_size)
+        found += _fit_problems(facts, wishes, decision.fit, device)
+    if wishes.flags.not_planned:
+        found = [_soften(problem) for problem in found]
+        found.append(_not_planned(wishes.flags.not_planned))
+    return tuple(found)
+
+
+def model_problems(
+    facts: ModelFacts, rules: EngineRules, table: EngineRulesTable
+) -> tuple[Problem, ...]:
+    """What is wrong with the model itself, on this vLLM or on any."""
+    entry = facts.entry
+    if entry is not None and not entry.served:
+        return (
+            Problem(
+                "model.not_served",
+                f"vLLM does not serve {facts.model}: {entry.reason.rstrip('.')}",
+                "choose another with `gemma-serve models`",
+            ),
+        )
+    found = []
+    architecture = facts.architecture or (entry.architecture if entry else None)
+    if facts.geometry is not None and architecture and architecture not in rules.architectures:
+        since = least_version(architecture, table)
+        found.append(
+            Problem(
+                "model.engine_too_old" if since else "model.not_served",
+                f"vLLM {rules.version} does not know the architecture {architecture} "
+                f"of {facts.model}",
+                f"install vLLM {since} or later" if since else "choose another model",
+            )
+        )
+    if facts.geometry is not None and facts.geometry.is_pooling:
+        found.append(
+            Problem(
+                "model.embeds",
+                f"{facts.model} makes embeddings and generates no text, for which `up` waits",
+                f"serve it with vLLM itself: `vllm serve {facts.model} --runner pooling`",
+                blocking=False,
+            )
+        )
+    return tuple(found)
+
+
+def engine_version_problem(version: str | None, rules: EngineRules) -> Problem:
+    """The warning that another version is planned for than the one that would run."""
+    what = f"vLLM {version}" if version else "the installed vLLM, whose version can't be told,"
+    return Problem(
+        "engine_version_unknown",
+        f"how {what} lays out its memory is not known here; planned as for vLLM {rules.version}",
+        "plan for a known one with `--engine-version 0.32.0`, or see what a newer gemma-serve says",
+        blocking=False,
+    )
+
+
+def _too_long(facts: ModelFacts, wishes: Wishes) -> Problem | None:
+    longest = own_model_len(facts)
+    wanted = wishes.max_model_len
+    if facts.geometry is None or wanted is None or wanted <= longest:
+        return None
+    return Problem(
+        "plan.longer_than_model",
+        f"--max-model-len {wanted} is longer than {facts.model} was made for, "
+        f"which is {longest} tokens",
+        f"say `--max-model-len {longest}`, or leave it out",
+    )
+
+
+def _illegal_split(facts: ModelFacts, wishes: Wishes, machine: Machine) -> Problem | None:
+    size = wishes.tensor_parallel_size
+    if facts.geometry is None or size is None:
+        return None
+    reason = illegal_tensor_parallel_reason(facts.geometry, size)
+    if reason is None:
+        return None
+    legal = legal_sizes(facts, max(1, machine.most_gpus))
+    nearest = min(legal, key=lambda n: (abs(n - size), n))
+    return Problem(
+        "plan.tensor_parallel_size",
+        f"--tensor-parallel-size {size} can't be: {_sentence(reason)}",
+        f"say `--tensor-parallel-size {nearest}`",
+    )
+
+
+def _unknown_quantization(wishes: Wishes, facts: ModelFacts, rules: EngineRules) -> Problem | None:
+    """Names change: what quantizes while loading is `fp8` until 0.31, then `fp8_per_tensor`."""
+    name = wishes.quantization
+    if name is None or name in rules.online_quantization_methods:
+        return None
+    online = ", ".join(rules.online_quantization_methods)
+    if name not in rules.checkpoint_quantization_methods:
+        found = f"vLLM {rules.version} has no quantization method `{name}`"
+        return Problem("plan.quantization", found, f"methods that quantize while loading: {online}")
+    if facts.quantization_config is not None or facts.geometry is None:
+        return None
+    found = (
+        f"`--quantization {name}` is for checkpoints that come quantized under vLLM "
+        f"{rules.version}, and {facts.model} does not"
+    )
+    best = online_fp8(rules)
+    return Problem("plan.quantization", found, f"say `--quantization {best}`" if best else "")
+
+
+def online_fp8(rules: EngineRules) -> str | None:
+    """What vLLM calls "weights to 8 bits while loading", a scale for each tensor."""
+    names = ("fp8_per_tensor", "fp8")
+    return next((name for name in names if name in rules.online_quantization_methods), None)
+
+
+def _no_float16(facts: ModelFacts, wishes: Wishes, device: DeviceMemory) -> Problem | None:
+    if wishes.dtype != "float16" or facts.model_type not in REFUSES_FLOAT16:
+        return None
+    stable = choose_dtype("auto", facts, device.compute_capability).dtype
+    return Problem(
+        "model.no_fp16",
+        f"--dtype float16 is refused by vLLM for a `{facts.model_type}`, which is numerically "
+        "unstable in it; bfloat16 or float32 is wanted",
+        hint=f"say `--dtype {stable}`",
+    )
+
+
+def _too_old(device: DeviceMemory) -> Problem | None:
+    capability = device.compute_capability
+    if capability is None or capability >= _OLDEST_CAPABILITY:
+        return None
+    return Problem(
+        "plan.gpu_too_old",
+        f"{device.name} has compute capability {capability[0]}.{capability[1]}, for which vLLM's "
+        "wheels hold no kernels",
+        "take a GPU with compute capability 7.5 or newer",
+    )
+
+
+def _quantized_in_float32(facts: ModelFacts, decision: Decision) -> Problem | None:
+    """Source: get_supported_act_dtypes of vLLM's quantization methods, config/vllm.py."""
+    if decision.fit is None or decision.fit.settings.dtype != "float32":
+        return None
+    name = decision.fit.settings.quantization or facts.quantization
+    if name is None:
+        return None
+    return Problem(
+        "plan.quantization_dtype",
+        f"vLLM computes weights quantized with `{name}` in 16 bits only, and {facts.model} would "
+        "have to run in float32",
+        "take a GPU with bfloat16 (compute capability 8.0 or newer), or weights that are not "
+        "quantized",
+    )
+
+
+def _fit_problems(
+    facts: ModelFacts, wishes: Wishes, fit: Fit, device: DeviceMemory
+) -> list[Problem]:
+    if fit.refusal is not None:
+        return [fit.refusal]
+    if not fit.fits:
+        return [_does_not_fit(facts, wishes, fit, device)]
+    if fit.tight:
+        return [_tight(wishes, fit)]
+    return []
+
+
+def _does_not_fit(facts: ModelFacts, wishes: Wishes, fit: Fit, device: DeviceMemory) -> Problem:
+    """The sentence for the part that breaks the budget: all but the KV cache, or that."""
+    memory, room = fit.memory, _room(fit, device)
+    fixed = memory.kv_cache_bytes if fit.settings.fixes_kv_cache else 0
+    # On a CPU all ranks live in the same memory.
+    ranks = fit.settings.tensor_parallel_size if device.kind == "cpu" else 1
+    of_each = memory.weights_bytes + memory.activation_bytes + fixed
+    needed = memory.runtime_bytes + ranks * of_each
+    parts = (
+        f"weights {_gib(memory.weights_bytes)}, runtime {_gib(memory.runtime_bytes)}, "
+        f"activations {_gib(memory.activation_bytes)}"
+    )
+    of = f"of {_gib(room)}{_share(fit, device)}"
+    if fit.kv_cache is None or needed >= room:
+        cache = f", KV cache {_gib(fixed)}" if fixed else ""
+        cache += f" for each of {ranks} ranks" if ranks > 1 else ""
+        return Problem(
+            "plan.does_not_fit",
+            f"{facts.model} does not fit {_where(device, fit)}: it takes {_gib(needed)} "
+            f"({parts}{cache}) {of}",
+        )
+    longest = fit.longest_model_len
+    return Problem(
+        "plan.does_not_fit",
+        f"one request of {fit.settings.max_model_len} tokens needs "
+        f"{_gib(fit.kv_cache.smallest_memory)} of KV cache, and {_gib(memory.kv_cache_bytes)} is "
+        f"left for it on {_where(device, fit)} ({parts}, {of})",
+        f"say `--max-model-len {longest}`" if longest else "",
+    )
+
+
+def _room(fit: Fit, device: DeviceMemory) -> int:
+    if device.kind == "cpu":
+        return device.free_bytes
+    if fit.settings.fixes_kv_cache:
+        return device.total_bytes
+    return fit.memory.requested_bytes
+
+
+def _where(device: DeviceMemory, fit: Fit) -> str:
+    if device.kind == "cpu":
+        return "this machine's free memory"
+    count = fit.settings.tensor_parallel_size
+    return f"{count} x {device.name}" if count > 1 else device.name
+
+
+def _share(fit: Fit, device: DeviceMemory) -> str:
+    if device.kind == "cpu" or fit.settings.fixes_kv_cache:
+        return ""
+    return f" (--gpu-memory-utilization {fit.settings.gpu_memory_utilization:g})"
+
+
+def _tight(wishes: Wishes, fit: Fit) -> Problem:
+    sure = fit.longest_model_len
+    return Problem(
+        "plan.tight",
+        f"it fits by less than the estimate may be wrong ({_gib(fit.memory.margin_bytes)})",
+        f"`--max-model-len {sure}` is sure to fit" if sure else "",
+        blocking=False,
+    )
+
+
+def _not_planned(names: Iterable[str]) -> Problem:
+    flags = ", ".join(f"`{name}`" for name in names)
+    return Problem(
+        "plan.not_planned",
+        f"what {flags} does to the memory is not planned, so the verdict is a guess",
+        blocking=False,
+    )
+
+
+def _soften(problem: Problem) -> Problem:
+    """A verdict on memory that may be wrong is no reason to refuse."""
+    return replace(problem, blocking=False) if problem.code == "plan.does_not_fit" else problem
+
+
+def _sentence(text: str) -> str:
+    """A sentence of its own as the end of another."""
+    return text[:1].lower() + text[1:].rstrip(".")
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"

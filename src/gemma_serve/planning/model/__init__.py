@@ -1,0 +1,1 @@
+"""What a Gemma is: its shape, its weights, what is known of it before it is loaded."""
