@@ -90,15 +90,15 @@ def check(monkeypatch, capsys, tmp_path):
 
 
 def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
-    run = check("--json", "-m", "google/gemma-3-12b-it", gpus=several(L4, 4))
+    run = check("--json", "-m", "google/gemma-4-31B-it", gpus=several(L4, 4))
     data = run.data
     length = data["plan"]["max_model_len"]
     assert (run.code, run.codes, data["fit"]) == (0, [], "fits")
     assert data["argv"][3:] == [
-        "--model", "google/gemma-3-12b-it", "--served-model-name", "google/gemma-3-12b-it",
-        "--host", "127.0.0.1", "--port", "8000", "--tensor-parallel-size", "2",
+        "--model", "google/gemma-4-31B-it", "--served-model-name", "google/gemma-4-31B-it",
+        "--host", "127.0.0.1", "--port", "8000", "--tensor-parallel-size", "4",
         "--gpu-memory-utilization", "0.9", "--max-model-len", str(length),
-        "--max-num-seqs", "256", "--max-num-batched-tokens", "2048",
+        "--max-num-seqs", "256", "--max-num-batched-tokens", "2496",
     ]  # fmt: skip
     assert {name: source for name, source in data["sources"].items() if source != "default"} == {
         "model": "flag --model",
@@ -106,17 +106,17 @@ def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
         "tensor_parallel_size": "planned: the fewest GPUs that it fits",
         "max_model_len": "planned: the longest that fits",
         "max_num_seqs": "planned: vLLM's default here",
-        "max_num_batched_tokens": "planned: vLLM's default here",
+        "max_num_batched_tokens": "planned: as many as one video may take",
     }
-    assert data["config"]["max_model_len"] == length < 131_072
+    assert data["config"]["max_model_len"] == length < 262_144
     assert data["environment"] == {
         "VLLM_NO_USAGE_STATS": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": "0,1",
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3",
     }
-    assert [gpu["index"] for gpu in data["gpus"]] == [0, 1]
+    assert [gpu["index"] for gpu in data["gpus"]] == [0, 1, 2, 3]
     assert data["notes"][1:] == [
-        "tensor_parallel_size 2: the fewest GPUs that it fits",
+        "tensor_parallel_size 4: the fewest GPUs that it fits",
         f"max_model_len {length}: the longest that fits",
     ]
     assert data["plan"]["argv"] == data["argv"]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from gemma_serve.adapters.package_data import load_engine_rules
+from gemma_serve.cli import main
 from gemma_serve.planning.launch import SERVER_MODULE
 from gemma_serve.planning.memory.attention_backend import choose_attention
 from gemma_serve.planning.memory.batching import Device, default_batching
@@ -174,21 +175,18 @@ def test_every_text_architecture_of_the_cpu_build_was_started():
     ("model_type", "kv_bytes", "flags"),
     [("gemma3_text", 256 * MIB, ()), ("gemma4_text", 32 * MIB, ("--max-model-len", "3000"))],
 )
-def test_the_plan_equals_metrics_of_a_server_with_vllms_own_defaults(
-    checkpoints, rules, model_type, kv_bytes, flags
+def test_what_check_gpu_says_equals_metrics_of_a_server_with_vllms_own_defaults(
+    checkpoints, model_type, kv_bytes, flags, capsys
 ):
-    length = int(flags[1]) if flags else geometry_of(model_type).max_model_len
-    batching = default_batching(
-        geometry_of(model_type),
-        rules=rules,
-        device=Device(),
-        tensor_parallel_size=1,
-        max_model_len=length,
+    model, fixed = checkpoints / model_type, ("--kv-cache-memory-bytes", str(kv_bytes), *flags)
+    assert main(["check-gpu", "--model", str(model), "--device", "cpu", *fixed, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    cache = data["plan"]["kv_cache"]
+    values = (cache[n] for n in ("num_blocks", "block_size", "tokens", "max_concurrency"))
+    labels = labels_of(metrics_of(model, *fixed), "vllm:cache_config_info")
+    assert {name: labels.get(name) for name in REPORTED} == dict(
+        zip(REPORTED, map(str, values), strict=True)
     )
-    expected = plan(model_type, kv_bytes, batching, length, rules)
-    metrics = metrics_of(checkpoints / model_type, "--kv-cache-memory-bytes", str(kv_bytes), *flags)
-    labels = labels_of(metrics, "vllm:cache_config_info")
-    assert {name: labels.get(name) for name in REPORTED} == expected
 
 
 def metrics_of(model, *flags):

@@ -98,7 +98,7 @@ def judge_fit(
     if facts is None:
         return FitReport(None, None, engine_version, rules.version, (), problems)
     knowledge = EngineKnowledge(rules, load_runtime_constants())
-    wishes = wishes_of(config)
+    wishes = wishes_of(config, facts)
     problems += model_problems(facts, rules, table)
     if machine is None:
         found = other_gpus(facts, wishes, knowledge, load_gpu_cards()) if look_for_more else ()
@@ -111,8 +111,9 @@ def judge_fit(
     return _with_alternatives(report, facts, wishes, machine, knowledge)
 
 
-def wishes_of(config: ServeConfig) -> Wishes:
+def wishes_of(config: ServeConfig, facts: ModelFacts) -> Wishes:
     """What of the configuration the planner must keep to."""
+    towers = facts.geometry.towers if facts.geometry else ()
     return Wishes(
         tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=config.max_model_len,
@@ -125,7 +126,7 @@ def wishes_of(config: ServeConfig) -> Wishes:
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         enforce_eager=config.enforce_eager,
         language_model_only=config.language_model_only,
-        flags=read_engine_flags(config.engine_args),
+        flags=read_engine_flags(config.engine_args, [tower.modality for tower in towers]),
     )
 
 

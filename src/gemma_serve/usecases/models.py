@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_serve.adapters.package_data import load_catalogue
-from gemma_serve.errors import Problem
+from gemma_serve.errors import Problem, UsageError
 from gemma_serve.planning.config import Layer, ServeConfig, resolve
 from gemma_serve.planning.launch import Device
 from gemma_serve.planning.memory.decision import Machine
@@ -56,7 +57,7 @@ def list_models(
     Without a device to plan for, the GPUs of this machine count, and without any its CPU.
 
     Raises:
-        UsageError: a value or a file is wrong, or names GPUs that aren't visible.
+        UsageError: a value or a file is wrong, names GPUs that aren't visible, or no `family`.
     """
     wanted = plan_for or PlanFor()
     layers, warnings = read_layers(flags, environ, file)
@@ -72,7 +73,7 @@ def list_models(
     engine, _ = find_wanted_engine(config.engine_python, environ, wanted)
     machine = hardware.machine(config.gpus)
     models = _judge_all(
-        [entry for entry in load_catalogue() if entry.served and _is_of(entry, family)],
+        _of_family(family),
         lambda entry: _judge(entry, config, machine, engine.version),
     )
     return ModelsReport(hardware, engine.version, models, (*warnings, *hardware.problems))
@@ -87,8 +88,25 @@ def _hardware(environ: Mapping[str, str], wanted: PlanFor, count: int | None) ->
     return hardware
 
 
-def _is_of(entry: CatalogueEntry, family: str | None) -> bool:
-    return family is None or family.lower() in (entry.family.lower(), entry.id.lower())
+def _of_family(family: str | None) -> list[CatalogueEntry]:
+    """The models that vLLM serves, of one family or of one name if given."""
+    served = [entry for entry in load_catalogue() if entry.served]
+    if family is None:
+        return served
+    wanted = _plain(family)
+    found = [entry for entry in served if wanted in (_plain(entry.family), _plain(entry.id))]
+    if not found:
+        raise UsageError(
+            f"--family names `{family}`, and no family of Gemmas that vLLM serves is called so",
+            code="models.unknown_family",
+            hint="families: " + ", ".join(dict.fromkeys(entry.family for entry in served)),
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in many ways: case, blanks and hyphens."""
+    return re.sub(r"[-_\s]", "", name.lower())
 
 
 def _judge_all(

@@ -11,7 +11,7 @@ from gemma_serve.adapters import host
 from gemma_serve.adapters.gpu import read_gpus
 from gemma_serve.adapters.installed_engine import find_engine
 from gemma_serve.adapters.package_data import load_gpu_cards
-from gemma_serve.errors import GemmaServeError, Problem
+from gemma_serve.errors import GemmaServeError, Problem, UsageError
 from gemma_serve.planning.hardware.gpu_cards import ForGpu, parse_for_gpu
 from gemma_serve.planning.hardware.gpu_problems import driver_problem
 from gemma_serve.planning.hardware.gpus import (
@@ -31,11 +31,23 @@ _MOST_CPU_KV_CACHE_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class PlanFor:
-    """What to plan for, where it isn't the engine and the hardware that are here."""
+    """What to plan for, where it isn't the engine and the hardware that are here.
+
+    Raises:
+        UsageError: GPUs by name and the CPU were both asked for.
+    """
 
     engine_version: str | None = None
     device: Device | None = None
     for_gpu: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.for_gpu is not None and self.device == "cpu":
+            raise UsageError(
+                f"--for-gpu {self.for_gpu} plans for GPUs, and --device cpu for none",
+                code="usage",
+                hint="leave one of the two out",
+            )
 
     @property
     def is_elsewhere(self) -> bool:

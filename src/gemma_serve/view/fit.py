@@ -105,6 +105,7 @@ def _plan_data(fit: Fit, report: FitReport, argv: Sequence[str] | None) -> dict[
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
+        **dict.fromkeys(report.decision.left_open if report.decision else ()),
         "attention_backends": list(fit.attention.backends) if fit.attention else None,
         "planned_vllm_version": report.planned_version,
         "reasons": dict(report.decision.reasons) if report.decision else {},
@@ -201,6 +202,7 @@ def _alternative_data(one: Alternative) -> dict[str, Any]:
         data |= {
             "tensor_parallel_size": fit.settings.tensor_parallel_size,
             "max_model_len": fit.settings.max_model_len,
+            **dict.fromkeys(one.decision.left_open & {"max_model_len"}),
             "tokens": fit.capacity.tokens if fit.capacity else None,
             "max_concurrency": fit.capacity.max_concurrency if fit.capacity else None,
         }
@@ -236,16 +238,20 @@ def _bar(memory: MemoryBudget) -> Text:
     """The budget of one GPU, each part as wide as it is large."""
     from rich.text import Text
 
-    whole = max(memory.total_bytes, memory.used_bytes)
-    bar, drawn, reached = Text(), 0, 0
-    for size, (_, mark, style) in zip(_shares(memory), _PARTS, strict=True):
-        reached += size
-        width = round(_BAR_WIDTH * reached / whole) - drawn
+    bar = Text()
+    for width, (_, mark, style) in zip(_widths(_shares(memory)), _PARTS, strict=True):
         bar.append(mark * width, style=style)
-        drawn += width
     if memory.used_bytes > memory.total_bytes:
         bar.append(f"  {gib(memory.used_bytes - memory.total_bytes)} too much", style="red")
     return bar
+
+
+def _widths(sizes: Sequence[int]) -> list[int]:
+    """Cells of the bar in proportion, at least one for whatever there is; the largest gives way."""
+    whole = sum(sizes)
+    widths = [max(1, round(_BAR_WIDTH * size / whole)) if size > 0 else 0 for size in sizes]
+    widths[widths.index(max(widths))] += _BAR_WIDTH - sum(widths)
+    return widths
 
 
 def _legend(memory: MemoryBudget) -> Text:
@@ -277,7 +283,8 @@ def _sentences(report: FitReport, fit: Fit, *, reasons: bool) -> list[str]:
 
 def _requested(fit: Fit) -> str:
     memory, settings = fit.memory, fit.settings
-    each = "on each GPU " if settings.tensor_parallel_size > 1 else ""
+    device = "rank" if fit.attention and fit.attention.device == "cpu" else "GPU"
+    each = f"on each {device} " if settings.tensor_parallel_size > 1 else ""
     if settings.fixes_kv_cache:
         return (
             f"vLLM takes {gib(memory.used_bytes)} {each}of {gib(memory.total_bytes)}, "

@@ -27,7 +27,8 @@ class ProfileRun:
     """What vLLM's profile run feeds the model.
 
     `rows` are the sequences it samples for. With `embeds_outside` the compiled part gets
-    embeddings, not token ids (a model with towers); `quantized` activations are one byte each.
+    embeddings, not token ids (a model with towers); `quantized`: a compiled model's linear layers
+    get inputs of one byte each.
     """
 
     tokens: int
@@ -52,23 +53,32 @@ def forward_peak(geometry: Geometry, run: ProfileRun) -> int:
     """
     per_layer = len(geometry.layers) * geometry.per_layer_input_size
     copies = 2 if run.eager and not run.embeds_outside else 1
-    layers = max(_layer_elements(geometry, layer, run) for layer in geometry.layers)
+    # A compiled piece reaches from one attention to the next, and its caller holds the first's
+    # output until it returns.
+    outputs = [0, *(_heads(layer, run)[0] for layer in geometry.layers)]
+    layers = max(
+        _layer_elements(geometry, layer, run, before)
+        for layer, before in zip(geometry.layers, outputs, strict=False)
+    )
     # While the inputs of all layers are made: looked up, projected, scaled, normed.
     projecting = (4 if run.eager else 3) * per_layer + 2 * geometry.hidden_size
     return run.tokens * max(layers + copies * per_layer, projecting) * run.element_bytes
 
 
-def _layer_elements(geometry: Geometry, layer: Layer, run: ProfileRun) -> int:
+def _layer_elements(geometry: Geometry, layer: Layer, run: ProfileRun, before: int) -> int:
     hidden = geometry.hidden_size
     queries, keys = _heads(layer, run)
-    # Gate and up in one tensor, and their product.
-    mlp = 3 * run.share(layer.intermediate_size)
-    # The fused projection, its normed and rotated parts, the output.
-    attention = 2 * (queries + 2 * keys) + queries
+    # Gate and up in one tensor, and their product, which the same kernel quantizes.
+    product = run.share(layer.intermediate_size)
+    mlp = 2 * product + (-(-product // run.element_bytes) if run.quantized else product)
+    # The fused projection, its normed and rotated parts, an output: eagerly the layer's own.
+    attention = 2 * (queries + 2 * keys)
     if run.eager:
+        attention += queries
         mlp_carried, attention_carried = _carried_eagerly(geometry)
     else:
         mlp += queries
+        attention += before
         mlp_carried = attention_carried = 2 + _altup_carried(geometry)
     steps = [mlp + mlp_carried * hidden, attention + attention_carried * hidden]
     if layer.experts is not None:

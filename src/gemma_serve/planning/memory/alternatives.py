@@ -231,8 +231,8 @@ def _changed(
     if decision is None or decision.fit is None:
         return None
     shown = {name: _shown(name, value, decision.fit) for name, value in settings.items()}
-    if "kv_cache_memory_bytes" in shown:
-        # What a share of the memory left for the cache, as a size, must fit as well.
+    if shown != settings:
+        # With that value said, other things that were left open may be decided otherwise.
         decision = _fitting(facts, replace(wishes, **shown), machine, knowledge)
     if decision is None:
         return None

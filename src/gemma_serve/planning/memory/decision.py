@@ -84,13 +84,15 @@ class Decision:
     `reasons` says for a setting that was left open why it has its value. `fit` is None where
     nobody knows how large the weights are. `problems` that are blocking stand against a start.
     `gpus_suffice` is False where there are fewer GPUs than were asked for, or they can't compute
-    in the dtype.
+    in the dtype. `left_open` names settings that stay the engine's choice, since nobody knows the
+    model; the plan's values of them are guesses.
     """
 
     fit: Fit | None
     reasons: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     gpus_suffice: bool = True
+    left_open: frozenset[str] = frozenset()
 
     @property
     def fits(self) -> bool:
@@ -101,11 +103,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One way to run it. `shrunk` says which limits of the batch were lowered to make room."""
+    """One way to run it.
+
+    `shrunk` says whether the batch was made smaller to make room, `raised` whether it was made
+    larger than vLLM's default, with which vLLM would not start.
+    """
 
     fit: Fit
     batching: Batching | None
     shrunk: bool = False
+    raised: bool = False
 
 
 def decide(
@@ -128,6 +135,7 @@ def decide(
         _reasons(best, facts, wishes, machine),
         best.batching.problems if best.batching else (),
         gpus_suffice=_gpus_suffice(best.fit.settings, machine),
+        left_open=_left_open(facts, wishes),
     )
 
 
@@ -229,8 +237,8 @@ def _at_length(
 ) -> _Candidate | None:
     batching = _batching(facts, wishes, size, length, device, knowledge.rules)
     least = least_batch(facts, wishes, knowledge)
-    if wishes.max_num_batched_tokens is None and batching.max_num_batched_tokens < least:
-        # vLLM's default would not start, but what was left open is ours to choose.
+    raised = wishes.max_num_batched_tokens is None and batching.max_num_batched_tokens < least
+    if raised:
         larger = replace(wishes, max_num_batched_tokens=least)
         batching = _batching(facts, larger, size, length, device, knowledge.rules)
     settings = EngineSettings(
@@ -252,7 +260,7 @@ def _at_length(
         num_gpu_blocks_override=wishes.flags.num_gpu_blocks_override,
     )
     fit = judge(facts, settings, device, rules=knowledge.rules, constants=knowledge.constants)
-    return None if fit is None else _Candidate(fit, batching)
+    return None if fit is None else _Candidate(fit, batching, raised=raised)
 
 
 def _dtype(facts: ModelFacts, wishes: Wishes, device: DeviceMemory) -> ChosenDtype:
@@ -285,6 +293,13 @@ def _batching(
         throughput_mode=wishes.flags.throughput_mode,
         text_only=wishes.text_only,
     )
+
+
+def _left_open(facts: ModelFacts, wishes: Wishes) -> frozenset[str]:
+    if facts.geometry is not None:
+        return frozenset()
+    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    return frozenset(name for name in names if getattr(wishes, name) is None)
 
 
 def _gpus_suffice(settings: EngineSettings, machine: Machine) -> bool:
@@ -348,6 +363,8 @@ def _reasons(
         if wishes.max_num_batched_tokens is None:
             raised = f"as many as one {batching.raised_for} may take"
             reasons["max_num_batched_tokens"] = raised if batching.raised_for else usual
+            if chosen.raised:
+                reasons["max_num_batched_tokens"] = "the fewest that vLLM accepts here"
     dtype = _dtype(facts, wishes, device)
     if dtype.reason:
         reasons["dtype"] = dtype.reason

@@ -24,6 +24,9 @@ _TRACED_SHARE = 0.02
 # Token ids, positions and other vectors of a batch, beside the tensors that are counted.
 _SMALL_TENSORS = 64 * 1024
 
+# Those with which vLLM, compiled, hands activations on in eight bits (traced for the first).
+_QUANTIZES_ACTIVATIONS = frozenset({"fp8", "fp8_per_tensor"})
+
 # What the allocator may round up of the tensors at the peak.
 _ROUNDING_MARGIN = 4 * MIB
 
@@ -45,7 +48,7 @@ def profile_run(
         tensor_parallel_size=settings.tensor_parallel_size,
         eager=settings.enforce_eager,
         embeds_outside=has_towers(geometry, settings),
-        quantized=settings.quantization is not None,
+        quantized=settings.quantization in _QUANTIZES_ACTIVATIONS and not settings.enforce_eager,
     )
 
 
@@ -95,10 +98,11 @@ def activation_part(
         peak = max(later, encoder.cached_bytes + tuning_peak(geometry, run))
     tuned = 0
     if peak > later:
-        # How many outputs a kernel is tried out with was seen for one model alone.
-        tuned = run.tokens * geometry.hidden_size * run.element_bytes
+        # The kernel of per-layer inputs was fitted to one model.
+        if geometry.per_layer_input_size:
+            tuned = run.tokens * geometry.hidden_size * run.element_bytes
         highest = f"the first compilation; a later start takes {(peak - later) // MIB} MiB less"
-    share = _peak_margin(geometry, settings, constants, rules)
+    share = _peak_margin(geometry, run, settings, constants, rules)
     # The encoder may be the highest where the formula says that it isn't.
     encoded = int(encoder.forward_bytes * (1 + encoder.margin_share)) + workspace.bytes - peak
     basis = "traced" if share <= _TRACED_SHARE else "reasoned from vLLM's source"
@@ -112,6 +116,7 @@ def activation_part(
 
 def _peak_margin(
     geometry: Geometry,
+    run: ProfileRun,
     settings: RuntimeSettings,
     constants: RuntimeConstants,
     rules: RuntimeRules,
@@ -119,7 +124,7 @@ def _peak_margin(
     """The share of the peak that is open: little where the tensors of such a peak were traced."""
     untraced = (
         settings.tensor_parallel_size > 1
-        or settings.quantization is not None
+        or (settings.quantization is not None and not run.quantized)
         or settings.dtype == "float32"
         or geometry.altup_inputs > 0
         or geometry.is_pooling

@@ -39,12 +39,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class GpuConstants:
-    """What depends on the GPU's class alone: memory of CUDA itself and of cuBLAS, in bytes."""
+    """What depends on the GPU's class alone: memory of CUDA itself and of cuBLAS, in bytes, and
+    the share of the CUDA graphs' memory that is open there.
+    """
 
     context: Estimate
     non_torch: Estimate
     cublas_workspace: Estimate
     multiprocessors: int
+    graph_margin: float
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class RuntimeConstants:
     releases: tuple[RuntimeRules, ...]
     gpus: Mapping[tuple[int, int], GpuConstants]
     other_gpu: GpuConstants
-    graph_layer: Estimate
+    graph_piece_bytes: int
+    graph_layer_bytes: int
+    graph_pools_bytes: int
     tensor_parallel: Estimate
     cpu_server: Estimate
     cpu_worker: Estimate
@@ -89,7 +94,9 @@ def parse_runtime_constants(data: Mapping[str, Any]) -> RuntimeConstants:
         releases=tuple(releases),
         gpus={_version(name): gpu for name, gpu in gpus.items()},
         other_gpu=other,
-        graph_layer=_estimate(measured["graph_layer_mib"]),
+        graph_piece_bytes=measured["graph_piece_kib"] * 1024,
+        graph_layer_bytes=measured["graph_layer_kib"] * 1024,
+        graph_pools_bytes=measured["graph_pools_mib"] * MIB,
         tensor_parallel=_estimate(measured["tensor_parallel_mib"]),
         cpu_server=_estimate(data["cpu_server_mib"]),
         cpu_worker=_estimate(data["cpu_worker_mib"]),
@@ -109,6 +116,7 @@ def _gpu(entry: Mapping[str, Any]) -> GpuConstants:
         non_torch=_estimate(entry["non_torch_mib"]),
         cublas_workspace=_estimate(entry["cublas_workspace_mib"]),
         multiprocessors=int(entry["multiprocessors"]),
+        graph_margin=float(entry["graph_margin"]),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gemma_serve.planning.memory.activation_memory import expert_workspace, forward_peak
+from gemma_serve.planning.memory.graph_memory import capture_sizes, graphs_part
 from gemma_serve.planning.memory.profile_peak import (
     activation_part,
     has_towers,
@@ -85,8 +86,9 @@ def runtime_memory(
     if settings.device == "cpu":
         return _on_cpu(geometry, settings, constants)
     rules = constants.rules(settings.release)
-    graphs = _graphs(geometry, settings, constants)
     second_runner = on_second_runner(geometry, rules)
+    run = profile_run(geometry, settings)
+    graphs = graphs_part(geometry, run, settings, constants, sampled=not second_runner)
     tables = _tables(geometry, settings, second_runner=second_runner)
     runtime = [_non_torch(settings, constants)]
     after = [_block_tables(settings)]
@@ -102,22 +104,6 @@ def runtime_memory(
         outside=_outside(settings, constants),
         after_sizing=tuple(after),
     )
-
-
-def capture_sizes(settings: RuntimeSettings) -> tuple[int, ...]:
-    """The batch sizes that vLLM captures CUDA graphs for; none if it runs eagerly.
-
-    Source: config/vllm.py, _set_cudagraph_sizes.
-    """
-    if settings.enforce_eager:
-        return ()
-    blackwell = (settings.compute_capability or (0, 0))[0] == 10
-    largest = settings.max_cudagraph_capture_size or min(
-        2 * settings.max_num_seqs, 1024 if blackwell else 512
-    )
-    largest = min(largest, settings.max_num_batched_tokens)
-    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)]
-    return tuple(size for size in sizes if size <= largest)
 
 
 def _non_torch(settings: RuntimeSettings, constants: RuntimeConstants) -> MemoryPart:
@@ -171,27 +157,6 @@ def _block_tables(settings: RuntimeSettings) -> MemoryPart:
         size += 2 * settings.max_num_seqs * blocks * 4 + settings.max_num_batched_tokens * 8
     return MemoryPart(
         "block tables", size, size // 20, "Where each sequence's blocks lie, for each KV group."
-    )
-
-
-def _graphs(
-    geometry: Geometry, settings: RuntimeSettings, constants: RuntimeConstants
-) -> MemoryPart | None:
-    """CUDA graphs: the tensors of the largest batch once, and each graph's kernels.
-
-    vLLM captures every size twice, as a whole and in pieces (config/compilation.py,
-    FULL_AND_PIECEWISE).
-    """
-    sizes = capture_sizes(settings)
-    if not sizes:
-        return None
-    count = 2 * len(sizes) * len(geometry.layers)
-    shared = forward_peak(geometry, profile_run(geometry, settings, tokens=sizes[-1]))
-    return MemoryPart(
-        "CUDA graphs",
-        shared + count * constants.graph_layer.bytes,
-        shared // 2 + count * constants.graph_layer.margin_bytes,
-        f"{2 * len(sizes)} recorded graphs for batches of up to {sizes[-1]} tokens.",
     )
 
 

@@ -51,16 +51,21 @@ class QuantizationScheme:
     def rank_bytes(self, parameter: Parameter, tensor_parallel_size: int, dtype_bytes: int) -> int:
         """What one GPU holds of a matrix that is quantized."""
         rows = parameter.rank_rows(tensor_parallel_size)
+        scales = self._count_scales(rows, parameter.rank_columns(tensor_parallel_size))
+        each = self.matrix_bytes(parameter, tensor_parallel_size)
+        each += scales * (self.scale_bytes or dtype_bytes) + self.extra_bytes
+        if self.zero_points:
+            each += -(-rows * self.bits // 32) * 4 * (scales // rows)
+        return each * parameter.count
+
+    def matrix_bytes(self, parameter: Parameter, tensor_parallel_size: int) -> int:
+        """One of the matrices on one GPU, without its scales, which are tensors of their own."""
         columns = parameter.rank_columns(tensor_parallel_size)
-        scales = self._count_scales(rows, columns)
         row_bytes = -(-columns * self.bits // 8)
         if self.bits < 8:
             # Packed into whole int32.
             row_bytes = -(-columns * self.bits // 32) * 4
-        each = rows * row_bytes + scales * (self.scale_bytes or dtype_bytes) + self.extra_bytes
-        if self.zero_points:
-            each += -(-rows * self.bits // 32) * 4 * (scales // rows)
-        return each * parameter.count
+        return parameter.rank_rows(tensor_parallel_size) * row_bytes
 
     def _count_scales(self, rows: int, columns: int) -> int:
         if self.scales == "tensor":

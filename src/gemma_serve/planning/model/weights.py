@@ -145,8 +145,7 @@ def weights_bytes(
     ):
         size = _rank_bytes(parameter, tensor_parallel_size, DTYPE_BYTES[dtype], scheme)
         parts[place] = parts.get(place, 0) + size
-        each = -(-size // max(1, parameter.count))
-        rounding += max(0, allocated_bytes(each) * parameter.count - size)
+        rounding += _rounding_bytes(parameter, tensor_parallel_size, DTYPE_BYTES[dtype], scheme)
     sentence = geometry.sentence_parameters * _FLOAT32_BYTES
     return _model_weights(parts, text_bytes=sentence, rounding_bytes=rounding)
 
@@ -224,6 +223,20 @@ def _rank_bytes(
         return scheme.rank_bytes(parameter, tensor_parallel_size, dtype_bytes)
     size = parameter.bytes_per_element or dtype_bytes
     return parameter.rank_elements(tensor_parallel_size) * size
+
+
+def _rounding_bytes(
+    parameter: Parameter,
+    tensor_parallel_size: int,
+    dtype_bytes: int,
+    scheme: QuantizationScheme | None,
+) -> int:
+    """What the allocator takes beyond the tensors. Scales are too small to be rounded by much."""
+    each = parameter.rank_rows(tensor_parallel_size) * parameter.rank_columns(tensor_parallel_size)
+    each *= parameter.bytes_per_element or dtype_bytes
+    if scheme is not None and scheme.takes(parameter):
+        each = scheme.matrix_bytes(parameter, tensor_parallel_size)
+    return (allocated_bytes(each) - each) * parameter.count
 
 
 def _model_weights(
