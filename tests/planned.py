@@ -24,9 +24,9 @@ from gemma_serve.cli import main
 from gemma_serve.planning.config import ServeConfig
 from gemma_serve.planning.hardware.gpu_cards import parse_for_gpu
 from gemma_serve.planning.launch import Engine
-from gemma_serve.planning.memory.budget import DeviceMemory
-from gemma_serve.planning.memory.decision import EngineKnowledge, Machine
 from gemma_serve.planning.memory.engine_rules import rules_for
+from gemma_serve.planning.memory.fit import DeviceMemory
+from gemma_serve.planning.memory.request import EngineKnowledge, Machine
 from gemma_serve.planning.model.facts import FactsReading, ModelFacts, facts_from_config
 from gemma_serve.usecases import target
 from gemma_serve.usecases.fit import FitReport, judge_fit

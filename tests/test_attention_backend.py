@@ -84,12 +84,12 @@ def test_a_checkpoint_with_a_kv_scheme_turns_auto_into_fp8_and_nothing_else():
     ("capability", "settings", "sentence"),
     [
         ((9, 0), {"kv_cache_dtype": "octave_k3v4"}, "vLLM 0.32 has no KV cache dtype octave_k3v4"),
-        ((9, 0), {"kv_cache_dtype": "turboquant_4bit_nc"}, "The planner does not know the size"),
-        ((8, 0), {"attention_backend": "FLASH_ATTN"}, "No attention backend of vLLM serves"),
-        ((9, 0), {"block_size": 24}, "No attention backend of vLLM serves"),
+        ((9, 0), {"kv_cache_dtype": "turboquant_4bit_nc"}, "the planner does not know the size"),
+        ((8, 0), {"attention_backend": "FLASH_ATTN"}, "no attention backend of vLLM serves"),
+        ((9, 0), {"block_size": 24}, "no attention backend of vLLM serves"),
         ((9, 0), {"attention_backend": "XFORMERS"}, "not an attention backend that the planner"),
-        (None, {"block_size": 48}, "On the CPU --block-size must be a multiple of 32."),
-        (None, {"kv_cache_dtype": "nvfp4"}, "vLLM's CPU backend has no KV cache dtype nvfp4."),
+        (None, {"block_size": 48}, "on the CPU --block-size must be a multiple of 32"),
+        (None, {"kv_cache_dtype": "nvfp4"}, "vLLM's CPU backend has no KV cache dtype nvfp4"),
     ],
 )
 def test_what_can_not_be_served_is_a_sentence(capability, settings, sentence):

@@ -81,7 +81,8 @@ def test_no_driver_for_people() -> None:
         "error: no NVIDIA driver is found (libnvidia-ml.so.1 is missing); vLLM wants one on a "
         "GPU\n"
         "hint: install the driver, or start the container with `--gpus all` and NVIDIA's "
-        "container toolkit; without a GPU, try `gemma-serve up --model demo` on the CPU\n"
+        "container toolkit; without a GPU, plan for the CPU with `--device cpu`, or try "
+        "`gemma-serve up --model demo`\n"
     )
 
 

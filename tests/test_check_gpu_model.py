@@ -395,7 +395,7 @@ def test_the_fewest_gpus_on_which_it_fits_are_taken(check: Check) -> None:
     two = check("--json", "-m", "google/gemma-3-12b-it", gpus=several(L4, 4))
     plan = two.data["plan"]
     assert (two.code, plan["tensor_parallel_size"]) == (0, 2)
-    assert plan["reasons"]["tensor_parallel_size"] == "the fewest GPUs that it fits"
+    assert plan["reasons"]["tensor_parallel_size"] == "the fewest GPUs on which it fits"
     assert [gpu["chosen"] for gpu in two.data["gpus"]] == [True, True, False, False]
     argv = plan["argv"]
     assert argv[argv.index("--tensor-parallel-size") + 1] == "2"
@@ -589,7 +589,6 @@ def test_gpus_named_for_a_cpu_engine_do_not_split_the_model(check: Check) -> Non
         ("0.32.0+cpu", "0.32", True),
         ("0.25.1", "0.26", False),
         ("0.99.0", "0.33", False),
-        ("dev", "0.33", False),
     ],
 )
 def test_another_version_of_vllm(check: Check, version: str, planned: str, known: bool) -> None:
@@ -714,3 +713,46 @@ def test_no_flags_give_a_plan_that_contradicts_itself(
             assert kv_cache["num_blocks"] * kv_cache["bytes_per_block"] <= memory["kv_cache_bytes"]
     else:
         assert not {"tokens", "max_concurrency"} & set(kv_cache)
+
+
+@pytest.mark.parametrize("version", ["dev", "", "latest", "0"])
+def test_what_is_no_version_of_vllm_is_wrong_usage(check: Check, version: str) -> None:
+    run = check("--json", "-m", "google/gemma-7b-it", "--engine-version", version, gpus=[H200])
+    assert (run.code, run.codes) == (2, ["usage"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["-m", "google/gemma-3-12b-it", "--kv-cache-dtype", "fp8", "--for-gpu", "a100-40"],
+         "plan.kv_cache_unsupported"),
+        (["-m", "google/gemma-7b-it", "--kv-cache-dtype", "bfloat16", "--for-gpu", "t4x2"],
+         "plan.kv_cache_unsupported"),
+        (["-m", "RedHatAI/gemma-3-27b-it-quantized.w4a16", "--quantization", "fp8_per_tensor",
+          "--for-gpu", "h200"], "plan.quantization"),
+        (["-m", "google/gemma-4-26B-A4B-it", "--quantization", "fp8_per_channel",
+          "--for-gpu", "a100-80"], "plan.quantization"),
+        (["-m", "google/gemma-4-26B-A4B-it", "--quantization", "nvfp4_per_token",
+          "--for-gpu", "h200"], "plan.quantization"),
+        (["-m", "google/gemma-7b-it", "--gpu-memory-utilization", "1", "--for-gpu", "h200"],
+         "plan.does_not_fit"),
+    ],
+)  # fmt: skip
+def test_what_vllm_would_die_of_after_it_was_started_does_not_fit(
+    check: Check, argv: list[str], code: str
+) -> None:
+    run = check("--json", *argv)
+    assert (run.code, run.data["fit"]) == (1, "does_not_fit")
+    assert code in run.codes
+
+
+def test_a_share_that_leaves_little_for_the_rest_is_a_warning_with_the_share_that_does(
+    check: Check,
+) -> None:
+    argv = ["--json", "-m", "google/gemma-3-1b-it", "--engine-version", "0.28.0"]
+    run = check(*argv, "--for-gpu", "8GiB")
+    assert (run.code, run.data["fit"]) == (0, "fits")
+    [problem] = [p for p in run.answer["problems"] if p["code"] == "plan.little_left"]
+    share = problem["hint"].split()[-1].rstrip("`")
+    again = check(*argv, "--for-gpu", "8GiB", "--gpu-memory-utilization", share)
+    assert "plan.little_left" not in again.codes

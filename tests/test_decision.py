@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_serve.errors import Problem
-from gemma_serve.planning.memory.budget import Fit
 from gemma_serve.planning.memory.decision import legal_sizes
+from gemma_serve.planning.memory.fit import Fit
 from gemma_serve.planning.model.facts import FactsReading, ModelFacts, facts_from_config
 from gemma_serve.planning.model.weights import HeaderTensor
 from gemma_serve.usecases.fit import FitReport
@@ -190,7 +190,7 @@ FIXED = [
      "say `--dtype bfloat16`"),
     ("google/gemma-2-2b-it", "t4", {"dtype": "float16"}, "model.no_fp16", "say `--dtype float32`"),
     ("google/gemma-3-1b-it", "t4", {"quantization": "fp8_per_tensor"}, "plan.quantization_dtype",
-     "say `without --quantization`"),
+     "leave `--quantization` out"),
     ("google/gemma-3-27b-it", "h100", {"quantization": "fp8"}, "plan.quantization",
      "say `--quantization fp8_per_tensor`"),
     ("google/gemma-3-1b-it", "l4", {"kv_cache_dtype": "fp4"}, "plan.kv_cache_unsupported",
@@ -213,7 +213,7 @@ def test_a_hint_that_alone_will_not_do_says_so() -> None:
     report = judged("google/gemma-3-27b-it", "l4", quantization="fp8")
     assert only_problem(report).hint == (
         "say `--quantization fp8_per_tensor`; with the rest as it is, that won't do: take a Gemma "
-        "that fits: `--model RedHatAI/gemma-3-27b-it-quantized.w4a16`"
+        "that fits: `--model RedHatAI/gemma-3-27b-it-quantized.w4a16 without --quantization`"
     )
 
 

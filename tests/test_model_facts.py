@@ -252,7 +252,9 @@ def test_access_to_what_is_cached_is_nobodys_business(
     (snapshot / "tokenizer_config.json").write_text("{}")
     assert access_problems(ServeConfig(model=KNOWN, download_dir=tmp_path / "cache")) == ()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert access_problems(ServeConfig(model=KNOWN)) == ()
+    assert access_problems(ServeConfig(model=KNOWN, download_dir=tmp_path / "cache")) == ()
+    [missing] = access_problems(ServeConfig(model=KNOWN))
+    assert (missing.code, missing.blocking) == ("hub.offline_missing", True)
     assert hub.asked == []
 
 

@@ -103,7 +103,7 @@ def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
     assert {name: source for name, source in data["sources"].items() if source != "default"} == {
         "model": "flag --model",
         "engine_python": "environment GEMMA_SERVE_ENGINE_PYTHON",
-        "tensor_parallel_size": "planned: the fewest GPUs that it fits",
+        "tensor_parallel_size": "planned: the fewest GPUs on which it fits",
         "max_model_len": "planned: the longest that fits",
         "max_num_seqs": "planned: vLLM's default here",
         "max_num_batched_tokens": "planned: as many as one video may take",
@@ -116,7 +116,7 @@ def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
     }
     assert [gpu["index"] for gpu in data["gpus"]] == [0, 1, 2, 3]
     assert data["notes"][1:] == [
-        "tensor_parallel_size 4: the fewest GPUs that it fits",
+        "tensor_parallel_size 4: the fewest GPUs on which it fits",
         f"max_model_len {length}: the longest that fits",
     ]
     assert data["plan"]["argv"] == data["argv"]

@@ -164,7 +164,7 @@ def test_a_core_killed_after_ready_is_exit_3_and_leaves_nothing(run):
 
 
 def test_a_start_that_vllm_refuses_tells_vllms_reason(run):
-    program = run("--max-model-len", "999999")
+    program = run("--max-model-len", "999999", "--force")
     assert program.exit_code() == 3
     (line,) = [line for line in program.err if line.startswith("error: ")]
     assert "User-specified max_model_len (999999) is greater than the derived" in line

@@ -24,7 +24,6 @@ from gemma_serve.planning.memory.runtime_memory import (
     capture_sizes,
     runtime_memory,
 )
-from gemma_serve.planning.memory.torch_allocator import allocated_bytes
 from gemma_serve.planning.model.geometry import (
     Attention,
     Experts,
@@ -35,6 +34,7 @@ from gemma_serve.planning.model.geometry import (
 )
 from gemma_serve.planning.model.model_config import read_geometry
 from gemma_serve.planning.model.parameters import allocation_rules, text_parameters
+from gemma_serve.planning.model.torch_allocator import allocated_bytes
 from gemma_serve.planning.model.weights import weights_bytes
 
 MIB = 2**20

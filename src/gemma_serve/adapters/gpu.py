@@ -15,7 +15,9 @@ from gemma_serve.planning.hardware.gpus import Gpu, GpuInventory, GpuProcess
 
 UNKNOWN = "unknown"
 
-_NO_GPU_HINT = "without a GPU, try `gemma-serve up --model demo` on the CPU"
+_NO_GPU_HINT = (
+    "without a GPU, plan for the CPU with `--device cpu`, or try `gemma-serve up --model demo`"
+)
 
 
 def read_gpus() -> GpuInventory:

@@ -30,8 +30,11 @@ Family = Annotated[
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
     "dtype",
+    "quantization",
     "kv_cache_dtype",
+    "enforce_eager",
     "language_model_only",
     "engine_python",
 )
@@ -45,7 +48,7 @@ def models(
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the public Gemmas, and which of them fit here."""
+    """List the public Gemmas, and which of them fit here. Exits 0 whether any fits or not."""
     from gemma_serve.usecases.models import list_models
     from gemma_serve.usecases.target import PlanFor
     from gemma_serve.view.models import models_data, models_table

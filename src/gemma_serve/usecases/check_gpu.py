@@ -12,7 +12,7 @@ from gemma_serve.planning.config import Layer, ResolvedConfig, ServeConfig, reso
 from gemma_serve.planning.hardware.gpu_problems import gpu_problems
 from gemma_serve.planning.hardware.gpus import Chosen, choose_gpus
 from gemma_serve.planning.launch import Device, Engine, render_launch
-from gemma_serve.planning.memory.budget import Fit
+from gemma_serve.planning.memory.fit import Fit
 from gemma_serve.planning.model.facts import FactsReading
 from gemma_serve.planning.smoke import DEMO_MODEL
 from gemma_serve.usecases.configure import read_layers

@@ -15,14 +15,16 @@ from gemma_serve.errors import Problem
 from gemma_serve.planning.config import ServeConfig
 from gemma_serve.planning.memory.alternatives import (
     Alternative,
+    flag_of,
     gains,
     other_gpus,
     other_models,
     other_settings,
 )
-from gemma_serve.planning.memory.decision import Decision, EngineKnowledge, Machine, Wishes, decide
+from gemma_serve.planning.memory.decision import Decision, decide
 from gemma_serve.planning.memory.engine_flags import read_engine_flags
 from gemma_serve.planning.memory.engine_rules import rules_for
+from gemma_serve.planning.memory.request import EngineKnowledge, Machine, Wishes
 from gemma_serve.planning.memory.verdict import (
     engine_version_problem,
     model_problems,
@@ -35,6 +37,7 @@ _MENDED_BY = {
     "gpu.no_bf16": frozenset({"dtype"}),
     "gpu.too_few": frozenset({"tensor_parallel_size"}),
     "plan.tensor_parallel_size": frozenset({"tensor_parallel_size"}),
+    "plan.little_left": frozenset({"gpu_memory_utilization"}),
     "plan.longer_than_model": frozenset({"max_model_len"}),
     "plan.quantization": frozenset({"quantization"}),
     "plan.quantization_dtype": frozenset({"dtype", "quantization"}),
@@ -172,14 +175,26 @@ def with_a_way_out(problem: Problem, found: Sequence[Alternative]) -> Problem:
     mending = [one for one in settings if one.settings.keys() <= to_blame]
     mending = mending or [one for one in settings if one.settings.keys() & to_blame][:1]
     if mending:
-        return replace(problem, hint="say " + " or ".join(f"`{one.flags}`" for one in mending))
+        return replace(problem, hint=_said(mending))
     if problem.code == "plan.does_not_fit" and not problem.hint:
-        return replace(problem, hint=_other_ways(found) or "no Gemma that is known fits here")
+        return replace(
+            problem,
+            hint=_other_ways(found) or "no Gemma that is known fits here with these settings",
+        )
     if problem.code in _NOT_ALONE and problem.blocking:
         others = _other_ways([one for one in found if one.kind != "setting"])
         hint = f"{problem.hint}; with the rest as it is, that won't do"
         return replace(problem, hint=f"{hint}: {others}" if others else hint)
     return problem
+
+
+def _said(changes: Sequence[Alternative]) -> str:
+    """Changes of settings as advice."""
+    left_out = [c for c in changes if all(value is None for value in c.settings.values())]
+    said = [f"`{change.flags}`" for change in changes if change not in left_out]
+    parts = ["say " + " or ".join(said)] if said else []
+    names = [" and ".join(f"`{flag_of(name)}`" for name in c.settings) for c in left_out]
+    return ", or ".join([*parts, *(f"leave {name} out" for name in names)])
 
 
 def _other_ways(found: Sequence[Alternative]) -> str:

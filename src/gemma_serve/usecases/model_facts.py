@@ -35,12 +35,23 @@ def find_model_facts(
 
 
 def access_problems(config: ServeConfig) -> tuple[Problem, ...]:
-    """What the Hub says against downloading the model; nothing where it is cached or offline."""
+    """What stands against downloading the model; nothing where it is cached."""
     from gemma_serve.adapters.hub import is_offline, read_hub
 
-    if is_offline() or _cached(config) is not None:
+    if _cached(config) is not None:
         return ()
+    if is_offline():
+        return (_missing_offline(config.model),)
     return read_hub(config.model, config.revision, headers=False).problems
+
+
+def _missing_offline(model: str) -> Problem:
+    return Problem(
+        "hub.offline_missing",
+        f"HF_HUB_OFFLINE is set, and the local cache does not hold {model}",
+        hint=f"unset HF_HUB_OFFLINE, run `hf download {model}` where there is a network, or give "
+        "the model's folder with `--model DIR`",
+    )
 
 
 def as_folder(model: str) -> Path | None:
@@ -79,7 +90,9 @@ def _by_name(model: str, revision: str | None, cache_dir: Path | None) -> FactsR
 
 
 def _from_catalogue(entry: CatalogueEntry) -> FactsReading:
-    return facts_from_config(entry.id, entry.config, source="catalogue", entry=entry)
+    reading = facts_from_config(entry.id, entry.config, source="catalogue", entry=entry)
+    # Of a model that vLLM does not serve, or whose memory nobody counts, the entry says all.
+    return reading if entry.served and entry.shape else replace(reading, problems=())
 
 
 def _from_cache(
@@ -118,6 +131,11 @@ def _unknown_to_all(model: str, reading: FactsReading) -> FactsReading:
     facts = reading.facts
     if any(problem.blocking for problem in reading.problems) or _has_size(facts):
         return reading
+    entry = facts.entry if facts is not None else None
+    if entry is not None and not entry.served:
+        return reading
+    if entry is not None and entry.shape is None:
+        return reading.adding(_not_planned_yet(entry))
     near = _nearest(model)
     unknown = Problem(
         "model.size_unknown",
@@ -127,6 +145,15 @@ def _unknown_to_all(model: str, reading: FactsReading) -> FactsReading:
         else "download the model first and give its folder with `--model DIR`",
     )
     return reading.adding(unknown)
+
+
+def _not_planned_yet(entry: CatalogueEntry) -> Problem:
+    return Problem(
+        "model.size_unknown",
+        f"how much memory a `{entry.architecture}` takes is not planned here yet, so whether "
+        f"{entry.id} fits is not known",
+        hint=f"vLLM serves it: try `gemma-serve up --model {entry.id}`",
+    )
 
 
 def _has_size(facts: ModelFacts | None) -> bool:

@@ -12,7 +12,7 @@ from gemma_serve.adapters.package_data import load_catalogue
 from gemma_serve.errors import Problem, UsageError
 from gemma_serve.planning.config import Layer, ServeConfig, resolve
 from gemma_serve.planning.launch import Device
-from gemma_serve.planning.memory.decision import Machine
+from gemma_serve.planning.memory.request import Machine
 from gemma_serve.planning.model.catalogue import CatalogueEntry
 from gemma_serve.planning.model.facts import facts_from_config
 from gemma_serve.usecases.configure import read_layers

@@ -222,7 +222,7 @@ def _notes(resolved: ResolvedConfig, report: GpuReport) -> tuple[str, ...]:
 # The planner's reasons for what differs from the model's own and vLLM's defaults.
 _WORTH_A_WORD = frozenset(
     {
-        "the fewest GPUs that it fits",
+        "the fewest GPUs on which it fits",
         "the longest that fits",
         "smaller than vLLM's default, to make room",
     }

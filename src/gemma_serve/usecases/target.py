@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,10 @@ from gemma_serve.planning.hardware.gpus import (
     visible_gpus,
 )
 from gemma_serve.planning.launch import Device, Engine
-from gemma_serve.planning.memory.budget import DeviceMemory
-from gemma_serve.planning.memory.decision import Machine
+from gemma_serve.planning.memory.fit import DeviceMemory
+from gemma_serve.planning.memory.request import Machine
 
+_VERSION = re.compile(r"v?\d+\.\d+\S*")
 _DEMO_KV_CACHE_BYTES = 256 * 2**20
 _MOST_CPU_KV_CACHE_BYTES = 4 * 2**30
 
@@ -34,7 +36,7 @@ class PlanFor:
     """What to plan for, where it isn't the engine and the hardware that are here.
 
     Raises:
-        UsageError: GPUs by name and the CPU were both asked for.
+        UsageError: GPUs by name and the CPU were both asked for, or what is no version.
     """
 
     engine_version: str | None = None
@@ -42,6 +44,12 @@ class PlanFor:
     for_gpu: str | None = None
 
     def __post_init__(self) -> None:
+        if self.engine_version is not None and not _VERSION.fullmatch(self.engine_version):
+            raise UsageError(
+                f"--engine-version `{self.engine_version}` is no version of vLLM",
+                code="usage",
+                hint="give it as vLLM does: `--engine-version 0.32.0`",
+            )
         if self.for_gpu is not None and self.device == "cpu":
             raise UsageError(
                 f"--for-gpu {self.for_gpu} plans for GPUs, and --device cpu for none",

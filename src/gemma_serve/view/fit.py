@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_serve.planning.memory.alternatives import Alternative
-from gemma_serve.planning.memory.budget import Fit, MemoryBudget
+from gemma_serve.planning.memory.fit import Fit, MemoryBudget
 from gemma_serve.planning.model.facts import ModelFacts, Source
 from gemma_serve.planning.model.weights import ModelWeights
 from gemma_serve.usecases.fit import FitReport

@@ -64,8 +64,8 @@ def gpu_text(report: GpuReport) -> RenderableType:
 def _one_gpu(gpu: Gpu, *, visible: bool, chosen: bool) -> dict[str, Any]:
     return {
         "index": gpu.index,
-        "uuid": gpu.uuid,
-        "pci_bus_id": gpu.pci_bus_id,
+        "uuid": gpu.uuid or None,  # a card that was only named has neither
+        "pci_bus_id": gpu.pci_bus_id or None,
         "name": gpu.name,
         "compute_capability": _capability(gpu),
         "supports_bf16": gpu.supports_bf16,

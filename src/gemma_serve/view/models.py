@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gemma_serve.planning.memory.budget import Fit
+from gemma_serve.planning.memory.fit import Fit
 from gemma_serve.usecases.models import KnownModel, ModelsReport
 from gemma_serve.view.fit import count
 from gemma_serve.view.output import gib

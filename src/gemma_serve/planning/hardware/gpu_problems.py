@@ -178,7 +178,8 @@ def _no_bf16(chosen: Sequence[Gpu], dtype: str, engine_dtype: str | None) -> Pro
         }.get(engine_dtype or "", _OLD_GPU)
     return Problem(
         "gpu.no_bf16",
-        f"{name_gpus(old)} ({old[0].name}) has compute capability {major}.{minor}; "
+        f"{name_gpus(old)} ({old[0].name}) {'has' if len(old) == 1 else 'have'} compute capability "
+        f"{major}.{minor}; "
         "bfloat16, in which Gemma is published, wants 8.0 or newer",
         hint,
         blocking=dtype == "bfloat16",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from gemma_serve.errors import Problem, UsageError
 
+_MOST_LISTED = 8
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -153,7 +155,10 @@ def name_gpus(gpus: Sequence[Gpu]) -> str:
 
 
 def list_gpus(gpus: Sequence[Gpu]) -> str:
-    """A list for a sentence: "0 (NVIDIA H200), 1 (Tesla T4)"."""
+    """A list for a sentence: "0 (NVIDIA H200), 1 (Tesla T4)"; many of one kind are counted."""
+    names = {gpu.name for gpu in gpus}
+    if len(gpus) > _MOST_LISTED and len(names) == 1:
+        return f"{len(gpus)} x {names.pop()}"
     return ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
 
 

@@ -8,18 +8,16 @@ from itertools import islice
 from typing import Any, Literal
 
 from gemma_serve.planning.hardware.gpu_cards import GpuCard
-from gemma_serve.planning.memory.budget import DeviceMemory, Fit
 from gemma_serve.planning.memory.decision import (
     DECENT_MODEL_LEN,
     Decision,
-    EngineKnowledge,
-    Machine,
-    Wishes,
     decide,
     least_batch,
     legal_sizes,
     own_model_len,
 )
+from gemma_serve.planning.memory.fit import DeviceMemory, Fit
+from gemma_serve.planning.memory.request import EngineKnowledge, Machine, Wishes
 from gemma_serve.planning.memory.verdict import online_fp8, plan_problems
 from gemma_serve.planning.model.catalogue import CatalogueEntry
 from gemma_serve.planning.model.facts import ModelFacts, facts_from_config
@@ -28,10 +26,13 @@ _MOST_OF_A_KIND = 3
 _COUNTS = (2, 4, 8)
 # Cards that differ by less are one size to a person who looks for one.
 _SIZE_STEP = 2 * 2**30
-# What is left of a card beside this share is for the driver and the CUDA graphs.
-_LARGEST_SHARE = 0.95
+# Shares of a GPU that may be said, in the order of their size. Which of them leave enough for the
+# driver and the CUDA graphs is judged for each.
+_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.95)
+# Parts of a CPU's free memory that a KV cache may be given.
+_CPU_PARTS = (2, 4, 8, 16)
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 # Settings to change, and whether that alters the answers.
 _Change = tuple[dict[str, Any], bool]
@@ -56,9 +57,9 @@ class Alternative:
     @property
     def flags(self) -> str:
         """The change as it is typed: `--kv-cache-dtype fp8`."""
-        spelled = [_flag(name, value) for name, value in self.settings.items()]
-        spelled += [f"--for-gpu {self.gpu}"] if self.gpu else []
+        spelled = [f"--for-gpu {self.gpu}"] if self.gpu else []
         spelled += [f"--model {self.model}"] if self.model else []
+        spelled += [_flag(name, value) for name, value in self.settings.items()]
         return " ".join(spelled)
 
 
@@ -68,10 +69,9 @@ def other_settings(
     """Changes of the settings with which the model fits, those that keep the answers first."""
     freed = list(_freed(facts, wishes, machine, knowledge))
     found = _first_of_each(freed, facts, wishes, machine, knowledge)
-    found += _first_of_each(
-        [[change] for change in _savings(facts, wishes, machine, knowledge)],
-        facts, wishes, machine, knowledge,
-    )  # fmt: skip
+    larger = [share for share in _SHARES if share > wishes.gpu_memory_utilization]
+    savings = _savings(facts, wishes, machine, knowledge, larger)
+    found += _first_of_each(savings, facts, wishes, machine, knowledge)
     if not found and len(freed) > 1:
         everything = {name: value for ways in freed for name, value in ways[-1][0].items()}
         found = _first_of_each([[(everything, False)]], facts, wishes, machine, knowledge)
@@ -90,10 +90,12 @@ def gains(
         return ()
     have, size = decision.fit.capacity.tokens, decision.fit.settings.tensor_parallel_size
     better = []
-    for change, costs_answers in _savings(facts, wishes, machine, knowledge):
+    # The most that is to be had goes first, since it fits already.
+    larger = [share for share in reversed(_SHARES) if share > wishes.gpu_memory_utilization]
+    for changes in _savings(facts, wishes, machine, knowledge, larger):
         # With less memory to find it might be put on fewer GPUs, where it would hold less.
-        as_many = {**change, "tensor_parallel_size": size}
-        ways = [[(change, costs_answers), (as_many, costs_answers)]]
+        as_many = [({**change, "tensor_parallel_size": size}, costs) for change, costs in changes]
+        ways = [[way for pair in zip(changes, as_many, strict=True) for way in pair]]
         for found in _first_of_each(ways, facts, wishes, machine, knowledge, size=size):
             fit = found.decision.fit
             if fit is not None and fit.capacity is not None and fit.capacity.tokens > have:
@@ -166,9 +168,17 @@ def _freed(
         yield [({"max_num_seqs": None}, False)]
     if wishes.max_num_seqs is not None and wishes.max_num_batched_tokens is not None:
         yield [({"max_num_seqs": None, "max_num_batched_tokens": None}, False)]
-    # On a CPU there is always a fixed size, which was chosen to leave room for others.
-    if wishes.kv_cache_memory_bytes is not None and machine.device(1).kind == "cuda":
+    device = machine.device(1)
+    if wishes.kv_cache_memory_bytes is not None and device.kind == "cuda":
         yield [({"kv_cache_memory_bytes": None}, False)]
+    elif wishes.kv_cache_memory_bytes is not None:
+        sizes = (device.free_bytes // part // _MIB * _MIB for part in _CPU_PARTS)
+        yield [({"kv_cache_memory_bytes": size}, False) for size in sizes if size]
+    # More than this may be more than the driver leaves.
+    usual = Wishes.gpu_memory_utilization
+    smaller = [s for s in reversed(_SHARES) if usual <= s < wishes.gpu_memory_utilization]
+    if device.kind == "cuda" and smaller:
+        yield [({"gpu_memory_utilization": share}, False) for share in smaller]
     if wishes.dtype != "auto":
         yield [({"dtype": "auto"}, False)]
     if wishes.kv_cache_dtype != "auto":
@@ -179,25 +189,28 @@ def _freed(
 
 
 def _savings(
-    facts: ModelFacts, wishes: Wishes, machine: Machine, knowledge: EngineKnowledge
-) -> Iterator[_Change]:
-    """What takes less memory, or more of it for vLLM, than what was said or left open."""
+    facts: ModelFacts,
+    wishes: Wishes,
+    machine: Machine,
+    knowledge: EngineKnowledge,
+    shares: Sequence[float],
+) -> Iterator[list[_Change]]:
+    """What takes less memory, or gives vLLM more of it (one of the `shares`), than was said."""
     on_gpu = machine.device(1).kind == "cuda"
-    fixed_cache = wishes.kv_cache_memory_bytes is not None
-    if on_gpu and wishes.gpu_memory_utilization < _LARGEST_SHARE and not fixed_cache:
-        yield {"gpu_memory_utilization": _LARGEST_SHARE}, False
+    if on_gpu and shares and wishes.kv_cache_memory_bytes is None:
+        yield [({"gpu_memory_utilization": share}, False) for share in shares]
     towers = facts.geometry is not None and any(t.optional for t in facts.geometry.towers)
     if towers and not wishes.text_only:
-        yield {"language_model_only": True}, False
+        yield [({"language_model_only": True}, False)]
     if not on_gpu:
         return
     if wishes.kv_cache_dtype == "auto":
-        yield {"kv_cache_dtype": "fp8"}, True
+        yield [({"kv_cache_dtype": "fp8"}, True)]
     fp8 = online_fp8(knowledge.rules)
     if fp8 and wishes.quantization is None and facts.quantization_config is None:
-        yield {"quantization": fp8}, True
+        yield [({"quantization": fp8}, True)]
         if wishes.kv_cache_dtype == "auto":
-            yield {"quantization": fp8, "kv_cache_dtype": "fp8"}, True
+            yield [({"quantization": fp8, "kv_cache_dtype": "fp8"}, True)]
 
 
 def _first_of_each(
@@ -241,7 +254,8 @@ def _changed(
 
 def _shown(name: str, value: object, fit: Fit) -> Any:
     if name == "kv_cache_memory_bytes":
-        return fit.memory.kv_cache_bytes // _MIB * _MIB
+        size = fit.memory.kv_cache_bytes
+        return size // _GIB * _GIB if size >= 2 * _GIB else size // _MIB * _MIB
     return getattr(fit.settings, name) if value in (None, "auto") else value
 
 
@@ -307,7 +321,9 @@ def _fitting(
     """The decision, if it is sure to fit and vLLM refuses nothing of it."""
     known = facts.architecture is None or facts.architecture in knowledge.rules.architectures
     decision = decide(facts, wishes, machine, knowledge)
-    if not decision.fits or decision.fit is None or decision.fit.tight or not known:
+    if not decision.fits or decision.fit is None or not known:
+        return None
+    if decision.fit.tight or decision.fit.spills:
         return None
     device = machine.device(decision.fit.settings.tensor_parallel_size)
     if device.kind == "cuda" and decision.fit.memory.requested_bytes > device.free_bytes:
@@ -316,8 +332,16 @@ def _fitting(
     return None if any(problem.blocking for problem in problems) else decision
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting: `max_model_len` is `--max-model-len`."""
+    return "--" + name.replace("_", "-")
+
+
 def _flag(name: str, value: object) -> str:
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     if value is None:
         return f"without {flag}"
+    if name == "kv_cache_memory_bytes" and isinstance(value, int) and value % _MIB == 0:
+        # As vLLM reads sizes: capital letters are powers of 1024.
+        value = f"{value // _GIB}G" if value % _GIB == 0 else f"{value // _MIB}M"
     return flag if value is True else f"{flag} {value}"

@@ -33,6 +33,7 @@ from gemma_serve.planning.model.geometry import Geometry
 
 CPU_BLOCK_SIZE = 128
 
+_BFLOAT16_SINCE, _FP8_SINCE = (8, 0), (8, 9)
 _DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -104,6 +105,22 @@ def choose_attention(
     return _on_cuda(geometry, request, forced_backend)
 
 
+def start_refusal(attention: AttentionPlan, capability: tuple[int, int] | None) -> str | None:
+    """What the chosen backend refuses once the engine starts, though vLLM has chosen it.
+
+    Source: v1/attention/backends/triton_attn.py, TritonAttentionImpl.__init__.
+    """
+    uses_triton = any(name.startswith("TRITON") for name in attention.backends)
+    if capability is None or not uses_triton:
+        return None
+    gpu = f"compute capability {capability[0]}.{capability[1]}"
+    if attention.kv_cache_dtype.startswith("fp8") and capability < _FP8_SINCE:
+        return f"vLLM's Triton attention takes an fp8 KV cache from 8.9 on, and the GPU has {gpu}"
+    if attention.kv_cache_dtype == "bfloat16" and capability < _BFLOAT16_SINCE:
+        return f"a bfloat16 KV cache wants compute capability 8.0, and the GPU has {gpu}"
+    return None
+
+
 def kv_cell_bytes(
     kv_cache_dtype: str, dtype: Dtype, head_size: int, *, rules: EngineRules, sliding: bool = False
 ) -> int:
@@ -137,9 +154,9 @@ def _on_cpu(
     chosen = block_size or CPU_BLOCK_SIZE
     unsupported = _unknown_kv_dtype(rules, kv_cache_dtype)
     if unsupported is None and kv_cache_dtype not in (*DENSE, *FP8):
-        unsupported = f"vLLM's CPU backend has no KV cache dtype {kv_cache_dtype}."
+        unsupported = f"vLLM's CPU backend has no KV cache dtype {kv_cache_dtype}"
     if unsupported is None and not kernel.holds(chosen):
-        unsupported = f"On the CPU --block-size must be a multiple of {kernel.sizes[0]}."
+        unsupported = f"on the CPU --block-size must be a multiple of {kernel.sizes[0]}"
     return AttentionPlan(
         device="cpu",
         backends=("CPU_ATTN",),
@@ -168,15 +185,15 @@ def _on_cuda(
                 break
         else:
             unsupported = unsupported or (
-                f"No attention backend of vLLM serves a head size of {head_size} "
+                f"no attention backend of vLLM serves a head size of {head_size} "
                 f"on compute capability {request.capability[0]}.{request.capability[1]} this way "
-                f"({'; '.join(refusals)})."
+                f"({'; '.join(refusals)})"
             )
             chosen[head_size] = "TRITON_ATTN"
     backends = tuple(dict.fromkeys(chosen.values()))
     block_size, reason = _block_size(backends, request)
     if block_size is None:
-        unsupported = unsupported or f"{' and '.join(backends)} share no KV cache block size."
+        unsupported = unsupported or f"{' and '.join(backends)} share no KV cache block size"
         block_size = DEFAULT_BLOCK_SIZE
     return AttentionPlan(
         device="cuda",
@@ -220,10 +237,10 @@ def _unknown_kv_dtype(rules: EngineRules, kv_cache_dtype: str) -> str | None:
     if kv_cache_dtype not in rules.kv_cache_dtypes:
         return (
             f"vLLM {rules.version} has no KV cache dtype {kv_cache_dtype}; "
-            f"it has {', '.join(rules.kv_cache_dtypes)}."
+            f"it has {', '.join(rules.kv_cache_dtypes)}"
         )
     if kv_cache_dtype not in (*DENSE, *FP8, *PER_TOKEN_HEAD, *NVFP4):
-        return f"The planner does not know the size of the KV cache dtype {kv_cache_dtype}."
+        return f"the planner does not know the size of the KV cache dtype {kv_cache_dtype}"
     return None
 
 

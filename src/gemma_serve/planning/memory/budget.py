@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, cast
+from contextlib import suppress
+from dataclasses import replace
+from typing import cast
 
 from gemma_serve.errors import GemmaServeError, Problem
-from gemma_serve.planning.memory.attention_backend import AttentionPlan, choose_attention
+from gemma_serve.planning.memory.attention_backend import (
+    AttentionPlan,
+    choose_attention,
+    start_refusal,
+)
 from gemma_serve.planning.memory.attention_kernels import Dtype
 from gemma_serve.planning.memory.engine_rules import EngineRules
-from gemma_serve.planning.memory.kv_cache import KvCacheCapacity, KvCacheLayout, plan_kv_cache
+from gemma_serve.planning.memory.fit import DeviceMemory, EngineSettings, Fit, MemoryBudget
+from gemma_serve.planning.memory.kv_cache import KvCacheLayout, plan_kv_cache
 from gemma_serve.planning.memory.runtime_constants import RuntimeConstants
 from gemma_serve.planning.memory.runtime_memory import (
     MemoryPart,
@@ -28,109 +34,6 @@ _UNKNOWN_RUNTIME_BYTES = 512 * 2**20
 _UNKNOWN_ACTIVATION_BYTES = 2**30
 # Small tensors share memory in ways that depend on their order.
 _ROUNDING_MARGIN_BYTES = 16 * 2**20
-_OTHER_KV_CACHE = "leave `--kv-cache-dtype`, block size and attention backend to vLLM"
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """The memory in which the engine must live: each of `count` equal GPUs, or main memory.
-
-    `compute_capability` is None for the CPU.
-    """
-
-    kind: Literal["cpu", "cuda"]
-    name: str
-    total_bytes: int
-    free_bytes: int
-    compute_capability: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """All that the engine's memory depends on, with nothing left open."""
-
-    tensor_parallel_size: int
-    dtype: str
-    quantization: str | None
-    kv_cache_dtype: str
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    gpu_memory_utilization: float
-    kv_cache_memory_bytes: int | None = None
-    enforce_eager: bool = False
-    language_model_only: bool = False
-    block_size: int | None = None
-    attention_backend: str | None = None
-    async_scheduling: bool = True
-    hybrid_kv_cache_manager: bool = True
-    num_gpu_blocks_override: int | None = None
-
-    @property
-    def fixes_kv_cache(self) -> bool:
-        """Whether the KV cache has its size whatever the other parts leave."""
-        return self.kv_cache_memory_bytes is not None or self.num_gpu_blocks_override is not None
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """Where the bytes of one GPU (or of main memory) go.
-
-    `requested_bytes` is what must be there for the engine: the share of
-    `gpu_memory_utilization`, or the sum of the parts where the KV cache has a fixed size that
-    goes beyond it. `margin_bytes` is by how much the estimated parts may be wrong, both ways.
-    """
-
-    total_bytes: int
-    requested_bytes: int
-    weights_bytes: int
-    runtime_bytes: int
-    activation_bytes: int
-    kv_cache_bytes: int
-    margin_bytes: int
-
-    @property
-    def used_bytes(self) -> int:
-        """The sum of the parts."""
-        return self.weights_bytes + self.runtime_bytes + self.activation_bytes + self.kv_cache_bytes
-
-    @property
-    def unused_bytes(self) -> int:
-        """What stays free of the whole memory; never negative."""
-        return max(0, self.total_bytes - self.used_bytes)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One set of settings, judged: where the memory goes, and whether one full request has room.
-
-    Without a known geometry, `attention`, `kv_cache` and `capacity` are None, and "fits" only
-    says that the weights leave room for anything else at all. `refusal` is why vLLM would not
-    start this way, whatever the memory. A `tight` fit is one within the margin of error.
-    """
-
-    settings: EngineSettings
-    memory: MemoryBudget
-    weights: ModelWeights
-    runtime: RuntimeMemory | None
-    attention: AttentionPlan | None
-    kv_cache: KvCacheLayout | None
-    capacity: KvCacheCapacity | None
-    fits: bool
-    tight: bool = False
-    refusal: Problem | None = None
-
-    @property
-    def longest_model_len(self) -> int:
-        """The longest context that fits with these settings, to be sure of it; 0 if none does."""
-        if self.kv_cache is None:
-            return self.settings.max_model_len if self.fits else 0
-        sure = self.memory.kv_cache_bytes
-        if not self.settings.fixes_kv_cache:
-            sure -= self.memory.margin_bytes
-        return self.kv_cache.longest_model_len(
-            max(0, sure), num_gpu_blocks_override=self.settings.num_gpu_blocks_override
-        )
 
 
 def judge(
@@ -150,25 +53,23 @@ def judge(
         return None
     if facts.geometry is None:
         return _without_geometry(settings, device, weights)
-    attention = _attention(facts.geometry, facts, settings, device, rules)
-    if attention.unsupported is not None:
-        return _refused(settings, device, weights, attention.unsupported)
     try:
-        layout = _layout(facts.geometry, settings, rules, attention)
+        laid_out = _lay_out(facts.geometry, facts, settings, device, rules)
     except GemmaServeError as error:
-        return _refused(settings, device, weights, str(error))
-    runtime = runtime_memory(
-        facts.geometry, _runtime_settings(settings, device, attention, layout, rules), constants
-    )
-    if device.kind == "cuda":
-        runtime = replace(runtime, runtime=(*runtime.runtime, _rounding(weights)))
+        return _refused(facts, settings, device, weights, error.problems[0], rules, constants)
+    attention, layout = laid_out
+    runtime = _runtime(facts.geometry, settings, device, weights, laid_out, rules, constants)
     memory = _divide(settings, device, weights, runtime, layout)
     capacity = layout.with_memory(
         memory.kv_cache_bytes, num_gpu_blocks_override=settings.num_gpu_blocks_override
     )
-    fits = capacity.fits and _has_room(memory, settings, device)
+    fits = capacity.fits and _has_room(memory, settings, device, runtime)
     fit = Fit(settings, memory, weights, runtime, attention, layout, capacity, fits)
-    return replace(fit, tight=fits and fit.longest_model_len < settings.max_model_len)
+    return replace(
+        fit,
+        tight=fits and fit.longest_model_len < settings.max_model_len,
+        spills=fits and device.kind == "cuda" and _beyond(memory, runtime) > 0,
+    )
 
 
 def _rounding(weights: ModelWeights) -> MemoryPart:
@@ -204,26 +105,50 @@ def _weights(
 
 def _without_geometry(settings: EngineSettings, device: DeviceMemory, weights: ModelWeights) -> Fit:
     memory = _divide(settings, device, weights, None)
-    fits = memory.kv_cache_bytes > 0 and _has_room(memory, settings, device)
+    fits = memory.kv_cache_bytes > 0 and _has_room(memory, settings, device, None)
     return Fit(settings, memory, weights, None, None, None, None, fits)
 
 
 def _refused(
-    settings: EngineSettings, device: DeviceMemory, weights: ModelWeights, why: str
+    facts: ModelFacts,
+    settings: EngineSettings,
+    device: DeviceMemory,
+    weights: ModelWeights,
+    refusal: Problem,
+    rules: EngineRules,
+    constants: RuntimeConstants,
 ) -> Fit:
-    memory = _divide(settings, device, weights, None)
-    refusal = Problem("plan.kv_cache_unsupported", why.rstrip("."), _OTHER_KV_CACHE)
-    return Fit(settings, memory, weights, None, None, None, None, fits=False, refusal=refusal)
+    """Where the memory would go if the KV cache were left to vLLM, and why it can't be as said."""
+    assert facts.geometry is not None
+    plain = replace(
+        settings,
+        kv_cache_dtype="auto",
+        block_size=None,
+        attention_backend=None,
+        hybrid_kv_cache_manager=True,
+        num_gpu_blocks_override=None,
+    )
+    runtime = None
+    with suppress(GemmaServeError):
+        laid_out = _lay_out(facts.geometry, facts, plain, device, rules)
+        runtime = _runtime(facts.geometry, plain, device, weights, laid_out, rules, constants)
+    memory = _divide(settings, device, weights, runtime)
+    return Fit(settings, memory, weights, runtime, None, None, None, fits=False, refusal=refusal)
 
 
-def _attention(
+def _lay_out(
     geometry: Geometry,
     facts: ModelFacts,
     settings: EngineSettings,
     device: DeviceMemory,
     rules: EngineRules,
-) -> AttentionPlan:
-    return choose_attention(
+) -> tuple[AttentionPlan, KvCacheLayout]:
+    """The attention backends and the KV cache.
+
+    Raises:
+        GemmaServeError: vLLM has no backend for it, or refuses the layout.
+    """
+    attention = choose_attention(
         geometry,
         rules=rules,
         capability=device.compute_capability,
@@ -234,12 +159,14 @@ def _attention(
         attention_backend=settings.attention_backend,
         text_only=settings.language_model_only,
     )
-
-
-def _layout(
-    geometry: Geometry, settings: EngineSettings, rules: EngineRules, attention: AttentionPlan
-) -> KvCacheLayout:
-    return plan_kv_cache(
+    refusal = attention.unsupported or start_refusal(attention, device.compute_capability)
+    if refusal is not None:
+        raise GemmaServeError(
+            refusal,
+            code="plan.kv_cache_unsupported",
+            hint="leave `--kv-cache-dtype`, block size and attention backend to vLLM",
+        )
+    layout = plan_kv_cache(
         geometry,
         rules=rules,
         attention=attention,
@@ -249,30 +176,46 @@ def _layout(
         async_scheduling=settings.async_scheduling,
         hybrid_kv_cache_manager=settings.hybrid_kv_cache_manager,
     )
+    return attention, layout
 
 
-def _runtime_settings(
+def _counted_backend(attention: AttentionPlan) -> str:
+    """The backend whose workspace counts: FlashInfer's, where any layer uses it."""
+    return "FLASHINFER" if "FLASHINFER" in attention.backends else attention.backends[0]
+
+
+def _runtime(
+    geometry: Geometry,
     settings: EngineSettings,
     device: DeviceMemory,
-    attention: AttentionPlan,
-    layout: KvCacheLayout,
+    weights: ModelWeights,
+    laid_out: tuple[AttentionPlan, KvCacheLayout],
     rules: EngineRules,
-) -> RuntimeSettings:
-    return RuntimeSettings(
-        device=device.kind,
-        release=rules.release,
-        dtype=settings.dtype,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=settings.max_model_len,
-        group_block_sizes=tuple(group.block_size for group in layout.groups),
-        compute_capability=device.compute_capability,
-        quantization=settings.quantization,
-        enforce_eager=settings.enforce_eager,
-        language_model_only=settings.language_model_only,
-        attention_backend=attention.backends[0],
+    constants: RuntimeConstants,
+) -> RuntimeMemory:
+    attention, layout = laid_out
+    runtime = runtime_memory(
+        geometry,
+        RuntimeSettings(
+            device=device.kind,
+            release=rules.release,
+            dtype=settings.dtype,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=settings.max_model_len,
+            group_block_sizes=tuple(group.block_size for group in layout.groups),
+            compute_capability=device.compute_capability,
+            quantization=settings.quantization,
+            enforce_eager=settings.enforce_eager,
+            language_model_only=settings.language_model_only,
+            attention_backend=_counted_backend(attention),
+        ),
+        constants,
     )
+    if device.kind == "cpu":
+        return runtime
+    return replace(runtime, runtime=(*runtime.runtime, _rounding(weights)))
 
 
 def _divide(
@@ -320,11 +263,30 @@ def _fixed_kv_cache_bytes(settings: EngineSettings, layout: KvCacheLayout | None
     return settings.kv_cache_memory_bytes
 
 
-def _has_room(memory: MemoryBudget, settings: EngineSettings, device: DeviceMemory) -> bool:
-    """Whether the parts stay within what was requested, and that within what there is."""
+def _has_room(
+    memory: MemoryBudget,
+    settings: EngineSettings,
+    device: DeviceMemory,
+    runtime: RuntimeMemory | None,
+) -> bool:
+    """Whether the parts stay within what was requested, and that within what there is.
+
+    What comes beside the share decides only where it can't be by any margin.
+    """
     if device.kind == "cpu":
         # All ranks live in the same main memory, and others may be using it.
         ranks = settings.tensor_parallel_size
         each = memory.weights_bytes + memory.activation_bytes + memory.kv_cache_bytes
         return memory.runtime_bytes + ranks * each <= device.free_bytes
-    return memory.used_bytes <= memory.requested_bytes <= memory.total_bytes
+    if not memory.used_bytes <= memory.requested_bytes <= memory.total_bytes:
+        return False
+    if runtime is None:
+        return True
+    beside = (*runtime.outside, *runtime.after_sizing)
+    return _beyond(memory, runtime) <= sum(part.margin_bytes for part in beside)
+
+
+def _beyond(memory: MemoryBudget, runtime: RuntimeMemory) -> int:
+    """By how much the share and what comes beside it exceed the GPU; negative where they don't."""
+    beside = runtime.outside_bytes + runtime.after_sizing_bytes
+    return memory.requested_bytes + beside - memory.total_bytes

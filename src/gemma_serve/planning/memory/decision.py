@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,10 @@ from gemma_serve.planning.memory.batching import (
     default_batching,
     largest_item,
 )
-from gemma_serve.planning.memory.budget import DeviceMemory, EngineSettings, Fit, judge
-from gemma_serve.planning.memory.engine_flags import EngineFlags
+from gemma_serve.planning.memory.budget import judge
 from gemma_serve.planning.memory.engine_rules import EngineRules
-from gemma_serve.planning.memory.runtime_constants import RuntimeConstants
+from gemma_serve.planning.memory.fit import DeviceMemory, EngineSettings, Fit
+from gemma_serve.planning.memory.request import EngineKnowledge, Machine, Wishes
 from gemma_serve.planning.memory.tensor_parallel import illegal_tensor_parallel_reason
 from gemma_serve.planning.model.dtypes import ChosenDtype, choose_dtype, has_bfloat16
 from gemma_serve.planning.model.facts import ModelFacts
@@ -32,49 +32,6 @@ _LEN_STEP = 256
 _LEAST_MODEL_LEN = 512
 # Of a model whose own length nobody knows.
 _UNKNOWN_MODEL_LEN = 4096
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What was fixed. None (for the types: "auto") leaves it to the planner."""
-
-    tensor_parallel_size: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    dtype: str = "auto"
-    quantization: str | None = None
-    kv_cache_dtype: str = "auto"
-    gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None
-    enforce_eager: bool = False
-    language_model_only: bool = False
-    flags: EngineFlags = field(default_factory=EngineFlags)
-
-    @property
-    def text_only(self) -> bool:
-        """Whether the towers are left out, by either of the two ways to say so."""
-        return self.language_model_only or self.flags.text_only
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the engine would run.
-
-    `most_gpus` is how many of one kind there are, and `device(n)` the tightest of the `n` that
-    would be taken; on a CPU it is the main memory, whatever `n`.
-    """
-
-    most_gpus: int
-    device: Callable[[int], DeviceMemory]
-
-
-@dataclass(frozen=True)
-class EngineKnowledge:
-    """What is known of the vLLM that would run."""
-
-    rules: EngineRules
-    constants: RuntimeConstants
 
 
 @dataclass(frozen=True)
@@ -347,7 +304,7 @@ def _reasons(
     if wishes.tensor_parallel_size is None:
         several = settings.tensor_parallel_size > 1
         reasons["tensor_parallel_size"] = (
-            "the fewest GPUs that it fits" if several else "one is enough"
+            "the fewest GPUs on which it fits" if several else "one is enough"
         )
         if not chosen.fit.fits:
             reasons["tensor_parallel_size"] = "the most that can be used here"

@@ -225,9 +225,9 @@ def plan_kv_cache(
     if promotes and not _share_a_table(specs):
         raise GemmaServeError(
             f"vLLM {rules.version} can't turn the hybrid KV cache manager off here: "
-            "the model's sliding and full layers differ in block size.",
+            "the model's sliding and full layers differ in block size",
             code="kv_cache_unsupported",
-            hint="Leave --disable-hybrid-kv-cache-manager out.",
+            hint="leave `--engine-arg disable-hybrid-kv-cache-manager` out",
         )
     return KvCacheLayout(
         groups=_groups(specs, rules, attention),
@@ -325,9 +325,9 @@ def _with_equal_pages(
         if remainder and plan.device == "cpu" and not rules.cpu_pads_unaligned_pages:
             raise GemmaServeError(
                 f"vLLM {rules.version} can't bring the KV pages of this model's layers to one "
-                "size on the CPU.",
+                "size on the CPU",
                 code="kv_cache_unsupported",
-                hint="Use vLLM 0.29 or later.",
+                hint="use vLLM 0.29 or later",
             )
         unified.append(
             replace(spec, page_bytes=largest)

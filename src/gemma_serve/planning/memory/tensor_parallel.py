@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_serve.planning.model.geometry import Geometry
-
-_VOCABULARY_PADDING = 64
+from gemma_serve.planning.model.geometry import VOCABULARY_PADDING, Geometry
 
 
 def illegal_tensor_parallel_reason(geometry: Geometry, tensor_parallel_size: int) -> str | None:
@@ -27,6 +25,6 @@ def illegal_tensor_parallel_reason(geometry: Geometry, tensor_parallel_size: int
         for width in widths:
             if width % size:
                 return f"The model's MLP of width {width} can't be split over {size}."
-    if -(-geometry.vocab_size // _VOCABULARY_PADDING) * _VOCABULARY_PADDING % size:
+    if -(-geometry.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING % size:
         return f"The vocabulary of {geometry.vocab_size} can't be split over {size}."
     return None

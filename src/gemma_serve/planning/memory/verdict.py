@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from gemma_serve.errors import Problem
-from gemma_serve.planning.memory.budget import DeviceMemory, Fit
-from gemma_serve.planning.memory.decision import (
-    Decision,
-    Machine,
-    Wishes,
-    legal_sizes,
-    own_model_len,
-)
+from gemma_serve.planning.memory.decision import Decision, legal_sizes, own_model_len
 from gemma_serve.planning.memory.engine_rules import EngineRules, EngineRulesTable, least_version
+from gemma_serve.planning.memory.fit import DeviceMemory, Fit
+from gemma_serve.planning.memory.quantization_rules import (
+    quantization_conflict,
+    quantization_refusal,
+)
+from gemma_serve.planning.memory.request import Machine, Wishes
 from gemma_serve.planning.memory.tensor_parallel import illegal_tensor_parallel_reason
 from gemma_serve.planning.model.dtypes import REFUSES_FLOAT16, choose_dtype
 from gemma_serve.planning.model.facts import ModelFacts
@@ -33,7 +32,7 @@ def plan_problems(
     refused = (
         _too_long(facts, wishes),
         _illegal_split(facts, wishes, machine),
-        _unknown_quantization(wishes, facts, rules),
+        _quantization(wishes, facts, rules, machine.device(1)),
         _no_float16(facts, wishes, machine.device(1)),
         _quantized_in_float32(facts, decision),
         _too_old(machine.device(1)),
@@ -63,6 +62,8 @@ def model_problems(
             ),
         )
     found = []
+    if entry is not None and entry.note:
+        found.append(Problem("model.note", f"{entry.id}: {entry.note}", blocking=False))
     architecture = facts.architecture or (entry.architecture if entry else None)
     if facts.geometry is not None and architecture and architecture not in rules.architectures:
         since = least_version(architecture, table)
@@ -145,6 +146,27 @@ def _unknown_quantization(wishes: Wishes, facts: ModelFacts, rules: EngineRules)
     return Problem("plan.quantization", found, f"say `--quantization {best}`" if best else "")
 
 
+def _quantization(
+    wishes: Wishes, facts: ModelFacts, rules: EngineRules, device: DeviceMemory
+) -> Problem | None:
+    """The first of the reasons why vLLM would not take the weights that way."""
+    unknown = _unknown_quantization(wishes, facts, rules)
+    if unknown is not None:
+        return unknown
+    wanted, stored = wishes.quantization, facts.quantization
+    conflict = quantization_conflict(wanted, stored) if wanted else None
+    if conflict is not None:
+        return Problem("plan.quantization", conflict, "leave `--quantization` out")
+    method = wanted or stored
+    if method is None or facts.geometry is None:
+        return None
+    refusal = quantization_refusal(method, device.compute_capability)
+    if refusal is None:
+        return None
+    hint = "leave `--quantization` out" if wanted else "take weights that are not quantized"
+    return Problem("plan.quantization", refusal, hint)
+
+
 def online_fp8(rules: EngineRules) -> str | None:
     """What vLLM calls "weights to 8 bits while loading", a scale for each tensor."""
     names = ("fp8_per_tensor", "fp8")
@@ -198,9 +220,8 @@ def _fit_problems(
         return [fit.refusal]
     if not fit.fits:
         return [_does_not_fit(facts, wishes, fit, device)]
-    if fit.tight:
-        return [_tight(wishes, fit)]
-    return []
+    found = [_tight(wishes, fit)] if fit.tight else []
+    return [*found, _spills(fit, device)] if fit.spills else found
 
 
 def _does_not_fit(facts: ModelFacts, wishes: Wishes, fit: Fit, device: DeviceMemory) -> Problem:
@@ -216,6 +237,8 @@ def _does_not_fit(facts: ModelFacts, wishes: Wishes, fit: Fit, device: DeviceMem
         f"activations {_gib(memory.activation_bytes)}"
     )
     of = f"of {_gib(room)}{_share(fit, device)}"
+    if fit.capacity is not None and fit.capacity.fits and needed <= room and device.kind == "cuda":
+        return replace(_spills(fit, device), code="plan.does_not_fit", blocking=True)
     if fit.kv_cache is None or needed >= room:
         cache = f", KV cache {_gib(fixed)}" if fixed else ""
         cache += f" for each of {ranks} ranks" if ranks > 1 else ""
@@ -261,6 +284,20 @@ def _tight(wishes: Wishes, fit: Fit) -> Problem:
         "plan.tight",
         f"it fits by less than the estimate may be wrong ({_gib(fit.memory.margin_bytes)})",
         f"`--max-model-len {sure}` is sure to fit" if sure else "",
+        blocking=False,
+    )
+
+
+def _spills(fit: Fit, device: DeviceMemory) -> Problem:
+    """What the driver holds before vLLM counts, and what vLLM allocates after it shared out."""
+    left = max(0, device.total_bytes - fit.memory.requested_bytes)
+    return Problem(
+        "plan.little_left",
+        f"beside its {_gib(fit.memory.requested_bytes)} of {_where(device, fit)} the engine takes "
+        f"about {_gib(fit.beside_bytes)}, and {_gib(left)} are left",
+        f"say `--gpu-memory-utilization {fit.largest_share:g}`"
+        if not fit.settings.fixes_kv_cache
+        else "give the KV cache less",
         blocking=False,
     )
 

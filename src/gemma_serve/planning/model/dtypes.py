@@ -37,13 +37,16 @@ def choose_dtype(
     """
     if wanted != "auto":
         return ChosenDtype(_ALIASES.get(wanted, wanted))
-    overflows = facts.geometry is not None and facts.model_type != "gemma"
+    name = facts.model_type or ""
+    is_gemma = facts.geometry is not None or name.startswith("gemma")
     if facts.dtype == "float16" and facts.model_type not in REFUSES_FLOAT16:
         return ChosenDtype("float16")
     if has_bfloat16(compute_capability):
         return ChosenDtype("bfloat16")
     assert compute_capability is not None
     old = f"compute capability {compute_capability[0]}.{compute_capability[1]} has no bfloat16"
-    if overflows:
+    if not is_gemma:
+        return ChosenDtype("float16", f"{old}, and vLLM takes float16 instead")
+    if name != "gemma":
         return ChosenDtype("float32", f"{old}, and this Gemma is not stable in float16")
     return ChosenDtype("float16", f"{old}; this Gemma runs in float16 too")

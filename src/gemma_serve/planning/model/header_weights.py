@@ -55,6 +55,11 @@ class HeaderTensor:
     size_bytes: int
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it holds plain weights, which vLLM converts to the model's dtype."""
+        return self.dtype in _FLOATS
+
+    @property
     def elements(self) -> int:
         """How many values it has."""
         count = 1

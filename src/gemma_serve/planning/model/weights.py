@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_serve.planning.memory.torch_allocator import allocated_bytes
 from gemma_serve.planning.model.geometry import Geometry, Group, Parameter
 from gemma_serve.planning.model.header_weights import HeaderTensor, headers_by_group, unknown_bytes
 from gemma_serve.planning.model.parameters import NEWEST_RELEASE, allocation_rules, text_parameters
@@ -19,6 +18,7 @@ from gemma_serve.planning.model.quantized_weights import (
     QuantizationScheme,
     checkpoint_scheme,
 )
+from gemma_serve.planning.model.torch_allocator import allocated_bytes
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -165,7 +165,7 @@ def weights_from_headers(
     Without a geometry only the tensors are counted, as if every GPU took an equal share.
     Arguments as for `weights_bytes`.
     """
-    dtype_bytes = DTYPE_BYTES[dtype]
+    dtype_bytes, tensors = DTYPE_BYTES[dtype], tuple(tensors)
     if geometry is None:
         total = unknown_bytes(tensors, dtype_bytes)
         return ModelWeights(-(-total // tensor_parallel_size), approximate=True)
@@ -177,13 +177,16 @@ def weights_from_headers(
         language_model_only=language_model_only,
         shared_layers_hold_kv=allocation_rules(release).shared_layers_hold_kv,
     )
+    rounding, is_plain = 0, all(tensor.is_plain for tensor in tensors)
     for place, parameter in _placed(
         geometry, release, max_num_batched_tokens, language_model_only=language_model_only
     ):
         if parameter.group in ("rope", "buffers", "constants", "staging"):
             size = _rank_bytes(parameter, tensor_parallel_size, dtype_bytes, None)
             parts[place] = parts.get(place, 0) + size
-    return _model_weights(parts)
+        if is_plain:  # how others are put together as they are loaded isn't known
+            rounding += _rounding_bytes(parameter, tensor_parallel_size, dtype_bytes, None)
+    return _model_weights(parts, rounding_bytes=rounding)
 
 
 def _placed(
