@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from gemma_serve.adapters.package_data import load_catalogue, load_engine_rules
+from gemma_serve.adapters.package_data import load_catalogue, load_engine_rules, load_gpu_cards
 from gemma_serve.planning.memory.attention_backend import choose_attention
 from gemma_serve.planning.memory.engine_rules import rules_for
 from gemma_serve.planning.memory.kv_cache import KvCacheGroup, KvCacheLayout, plan_kv_cache
@@ -103,7 +103,17 @@ def groups_text(groups: Iterable[KvCacheGroup]) -> str:
     return "; ".join(f"{count} {text}" for text, count in counted.items())
 
 
-TABLES = {"weights": weights_table, "kv cache": kv_table}
+def cards_table() -> Iterable[str]:
+    """The names that --for-gpu takes."""
+    yield "| name | card | GiB | compute capability | figure |"
+    yield "|---|---|--:|--:|---|"
+    for card in load_gpu_cards():
+        major, minor = card.compute_capability
+        size = f"{card.total_bytes / 2**30:.2f}"
+        yield f"| `{card.key}` | {card.name} | {size} | {major}.{minor} | {card.source} |"
+
+
+TABLES = {"cards": cards_table, "weights": weights_table, "kv cache": kv_table}
 
 
 def filled(page: str) -> str:

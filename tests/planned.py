@@ -116,7 +116,7 @@ def changed(argv: list[str], flags: str) -> list[str]:
         if name in argv:
             at = argv.index(name)
             del argv[at : at + 2]
-        if word == "--language-model-only":
+        if word in ("--language-model-only", "--enforce-eager"):
             argv.append(word)
         elif word != "without":
             argv += [word, words.pop(0)]

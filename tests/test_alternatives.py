@@ -127,6 +127,7 @@ def test_what_costs_answers_is_marked_and_comes_last() -> None:
     assert [(one["flags"], one["changes_answers"]) for one in data["alternatives"]] == [
         ("--gpu-memory-utilization 0.95", False),
         ("--language-model-only", False),
+        ("--enforce-eager", False),
         ("--kv-cache-dtype fp8", True),
         ("--quantization fp8_per_tensor", True),
         ("--quantization fp8_per_tensor --kv-cache-dtype fp8", True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_serve.adapters.package_data import data_path, load_catalogue
+from gemma_serve.cli import main
 from machines import (
     GIB,
     H200,
@@ -189,6 +191,7 @@ def test_an_idle_card_in_full(tmp_path: Path) -> None:
     }  # fmt: skip
     assert [(one["flags"], one["settings"], one["changes_answers"]) for one in alternatives] == [
         ("--gpu-memory-utilization 0.95", {"gpu_memory_utilization": 0.95}, False),
+        ("--enforce-eager", {"enforce_eager": True}, False),
         ("--kv-cache-dtype fp8", {"kv_cache_dtype": "fp8"}, True),
         ("--quantization fp8_per_tensor", {"quantization": "fp8_per_tensor"}, True),
         (
@@ -609,9 +612,9 @@ def test_an_engine_that_is_too_old_for_the_model(check: Check) -> None:
     assert run.answer["problems"] == [
         {
             "code": "model.engine_too_old",
-            "message": "vLLM 0.26 does not know the architecture VaultGemmaForCausalLM of "
+            "message": "vLLM 0.26.0 does not know the architecture VaultGemmaForCausalLM of "
             "google/vaultgemma-1b",
-            "hint": "install vLLM 0.27 or later",
+            "hint": "install vLLM 0.27.1 or later",
         }
     ]
     assert check(*argv, "0.27.1", gpus=[H200]).code == 0
@@ -756,3 +759,17 @@ def test_a_share_that_leaves_little_for_the_rest_is_a_warning_with_the_share_tha
     share = problem["hint"].split()[-1].rstrip("`")
     again = check(*argv, "--for-gpu", "8GiB", "--gpu-memory-utilization", share)
     assert "plan.little_left" not in again.codes
+
+
+def test_a_config_alone_is_enough_for_a_plan_but_not_to_start(check: Check, tmp_path: Path) -> None:
+    folder = tmp_path / "gemma-2b"
+    folder.mkdir()
+    config = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "hidden_size": 2048,
+              "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
+              "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
+              "max_position_embeddings": 8192, "torch_dtype": "bfloat16"}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    run = check("--json", "-m", str(folder), "--for-gpu", "l4", "--engine-version", "0.32.0")
+    assert (run.code, run.codes) == (0, ["model.weights_missing"])
+    assert run.data["plan"]["memory"]["weights_bytes"] == 5_016_539_426
+    assert main(["plan", "--model", str(folder), "--for-gpu", "l4", "--json"]) == 1

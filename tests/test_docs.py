@@ -37,7 +37,7 @@ def test_the_readme_shows_every_command_and_only_flags_that_exist():
     assert all(f"### `gemma-serve {name}`" in text for name in commands)
     ours = {setting.flag for setting in SETTINGS}
     others = {"--config", "--json", "--format", "--smoke-test", "--once", "--url", "--debug"}
-    others |= {"--for-gpu", "--engine-version", "--device", "--force", "--family"}
+    others |= {"--for-gpu", "--engine-version", "--device", "--force", "--family", "--fits"}
     shown = set(re.findall(r"gemma-serve [^\n`]*?(--[a-z-]+)", text))
     assert shown <= ours | others
 

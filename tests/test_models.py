@@ -15,7 +15,7 @@ from gemma_serve.cli import main
 from planned import GIB, asked, nobody_to_ask
 
 KEYS = {"id", "family", "variant", "chat", "modalities", "parameters", "license", "gated",
-        "quantization", "min_vllm", "fit", "plan"}  # fmt: skip
+        "quantization", "min_vllm", "fit", "reason", "plan"}  # fmt: skip
 PLAN = {"tensor_parallel_size", "dtype", "max_model_len", "weights_bytes", "kv_cache_bytes"}
 # No shape is known of these, so what they take is not known either.
 UNKNOWN = {"google/embeddinggemma-2", "google/diffusiongemma-26B-A4B-it"}
@@ -73,6 +73,7 @@ def test_one_model_in_full() -> None:
         "quantization": None,
         "min_vllm": "0.3.2",
         "fit": "fits",
+        "reason": None,
         "plan": {
             "tensor_parallel_size": 1,
             "dtype": "bfloat16",
@@ -186,3 +187,12 @@ def test_a_family_that_nobody_knows_is_wrong_usage() -> None:
     [problem] = answer["problems"]
     assert problem["code"] == "models.unknown_family"
     assert problem["hint"].startswith("families: Gemma 1, Gemma 1.1, CodeGemma, ")
+
+
+def test_only_those_that_fit_and_why_none_does() -> None:
+    _, every = listed("--for-gpu", "l4")
+    _, models = listed("--for-gpu", "l4", "--fits")
+    assert set(models) == fitting(every)
+    _, refused = listed("--for-gpu", "l4", "--family", "Gemma 3", "--kv-cache-dtype", "fp9")
+    assert {model["fit"] for model in refused.values()} == {"does_not_fit"}
+    assert all("no KV cache dtype fp9" in model["reason"] for model in refused.values())

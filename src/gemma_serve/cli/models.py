@@ -22,6 +22,8 @@ Family = Annotated[
     typer.Option("--family", metavar="NAME", help="One family alone, such as `Gemma 3`."),
 ]
 
+Fitting = Annotated[bool, typer.Option("--fits", help="Only those that fit.")]
+
 
 @with_settings(
     "tensor_parallel_size",
@@ -43,6 +45,7 @@ def models(
     flags: dict[str, Any],
     config: ConfigFile = None,
     family: Family = None,
+    fits: Fitting = False,
     for_gpu: ForGpu = None,
     engine_version: EngineVersion = None,
     device: OnDevice = None,
@@ -55,7 +58,9 @@ def models(
     from gemma_serve.view.output import Output
 
     plan_for = PlanFor(engine_version, device.value if device else None, for_gpu)
-    report = list_models(flags, environ=os.environ, file=config, plan_for=plan_for, family=family)
+    report = list_models(
+        flags, environ=os.environ, file=config, plan_for=plan_for, family=family, only_fitting=fits
+    )
     Output(as_json=as_json).result(
         "models",
         ok=True,

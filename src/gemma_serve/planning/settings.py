@@ -72,7 +72,7 @@ SETTINGS: tuple[Setting, ...] = (
         "max_num_batched_tokens", "N", "Most tokens in one engine step; by default vLLM's choice."
     ),
     Setting("dtype", "TYPE", "auto, bfloat16, float16 or float32. Default: auto."),
-    Setting("quantization", "METHOD", "vLLM's name of a quantization method, e.g. fp8."),
+    Setting("quantization", "METHOD", "vLLM's name of a quantization method, e.g. fp8_per_tensor."),
     Setting("kv_cache_dtype", "TYPE", "auto, fp8 or another type that vLLM knows. Default: auto."),
     Setting(
         "enforce_eager",

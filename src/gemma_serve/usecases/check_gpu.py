@@ -84,7 +84,7 @@ def check_gpu(
     report = judge_hardware(hardware, sized, reading=reading, engine_version=engine.version)
     return replace(
         report,
-        problems=(*warnings, *report.problems),
+        problems=(*warnings, *(_for_planning(problem, reading) for problem in report.problems)),
         argv=_argv(config, report, engine) if report.fit and report.fit.decision else None,
     )
 
@@ -142,6 +142,14 @@ def as_many_as_named(resolved: ResolvedConfig, device: Device) -> ResolvedConfig
     return resolved.changed(
         {"tensor_parallel_size": len(config.gpus)}, {"tensor_parallel_size": reason}
     )
+
+
+def _for_planning(problem: Problem, reading: FactsReading) -> Problem:
+    """The weights needn't be there for a plan from config.json alone; `up` wants them."""
+    planned = reading.facts is not None and reading.facts.geometry is not None
+    if planned and problem.code == "model.weights_missing":
+        return replace(problem, blocking=False)
+    return problem
 
 
 def _argv(config: ServeConfig, report: GpuReport, engine: Engine) -> tuple[str, ...]:

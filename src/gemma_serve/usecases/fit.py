@@ -102,7 +102,7 @@ def judge_fit(
         return FitReport(None, None, engine_version, rules.version, (), problems)
     knowledge = EngineKnowledge(rules, load_runtime_constants())
     wishes = wishes_of(config, facts)
-    problems += model_problems(facts, rules, table)
+    problems += model_problems(facts, rules, table, engine_version)
     if machine is None:
         found = other_gpus(facts, wishes, knowledge, load_gpu_cards()) if look_for_more else ()
         return FitReport(facts, None, engine_version, rules.version, found, problems)

@@ -51,6 +51,7 @@ def list_models(
     file: Path | None = None,
     plan_for: PlanFor | None = None,
     family: str | None = None,
+    only_fitting: bool = False,
 ) -> ModelsReport:
     """Judge every model of the catalogue that vLLM serves, or those of one `family`.
 
@@ -76,6 +77,8 @@ def list_models(
         _of_family(family),
         lambda entry: _judge(entry, config, machine, engine.version),
     )
+    if only_fitting:
+        models = tuple(model for model in models if model.fit is not None and model.fit.fits)
     return ModelsReport(hardware, engine.version, models, (*warnings, *hardware.problems))
 
 

@@ -107,7 +107,8 @@ def check_before_start(plan: ServePlan) -> tuple[Problem, ...]:
     port = host.port_problem(plan.config.host, plan.config.port)
     facts = plan.report.fit.facts if plan.report.fit else None
     asked = facts is not None and facts.source != "catalogue"
-    access = () if asked or plan.model.is_local else access_problems(plan.config)
+    needless = asked or plan.model.is_local or not plan.ok
+    access = () if needless else access_problems(plan.config)
     return (*plan.problems, *access, *([port] if port else []))
 
 
@@ -212,6 +213,8 @@ def _notes(resolved: ResolvedConfig, report: GpuReport) -> tuple[str, ...]:
         notes.append(f"no --model was given and {reason}: taking {resolved.config.model}")
     if report.chosen.gpus and report.hardware.for_gpu is None:
         notes.append(report.chosen.reason)
+    if report.fit is None or not report.fit.fits:
+        return tuple(notes)
     for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "dtype"):
         source = resolved.sources[name].removeprefix("planned: ")
         if source in _WORTH_A_WORD or (name == "dtype" and source != resolved.sources[name]):

@@ -241,8 +241,8 @@ def _bar(memory: MemoryBudget) -> Text:
     bar = Text()
     for width, (_, mark, style) in zip(_widths(_shares(memory)), _PARTS, strict=True):
         bar.append(mark * width, style=style)
-    if memory.used_bytes > memory.total_bytes:
-        bar.append(f"  {gib(memory.used_bytes - memory.total_bytes)} too much", style="red")
+    if memory.used_bytes > memory.requested_bytes:
+        bar.append(f"  {gib(memory.used_bytes - memory.requested_bytes)} too much", style="red")
     return bar
 
 
@@ -288,7 +288,7 @@ def _requested(fit: Fit) -> str:
     if settings.fixes_kv_cache:
         return (
             f"vLLM takes {gib(memory.used_bytes)} {each}of {gib(memory.total_bytes)}, "
-            f"{gib(memory.kv_cache_bytes)} of it for the KV cache, as fixed."
+            f"{gib(memory.kv_cache_bytes)} of it for the KV cache."
         )
     return (
         f"vLLM may use {gib(memory.requested_bytes)} {each}of {gib(memory.total_bytes)} "
@@ -321,6 +321,8 @@ def _alternatives(report: FitReport) -> list[RenderableType]:
 def _alternative_cells(one: Alternative) -> tuple[str, ...]:
     fit = one.decision.fit
     note = "changes the answers a little" if one.costs_answers else ""
+    if "enforce_eager" in one.settings:
+        note = "answers slower"
     if fit is None:
         return (one.flags, "", "", "", note)
     at_once = f"{fit.capacity.max_concurrency:.1f}" if fit.capacity else ""

@@ -40,8 +40,11 @@ def models_table(report: ModelsReport) -> RenderableType:
     for model in report.models:
         table.add_row(*_cells(model))
     fitting = sum(1 for model in report.models if model.fit is not None and model.fit.fits)
-    last = f"\n{fitting} of {len(report.models)} fit {_where(report)}."
-    return Group(table, Text(last))
+    lines = [f"{fitting} of {len(report.models)} fit {_where(report)}."]
+    reasons = {reason for model in report.models if (reason := _reason(model))}
+    if not fitting and len(reasons) == 1:
+        lines.append(f"Why: {reasons.pop()}.")
+    return Group(table, Text("\n" + "\n".join(lines)))
 
 
 def _where(report: ModelsReport) -> str:
@@ -70,6 +73,13 @@ def _cells(model: KnownModel) -> tuple[str, ...]:
     return (entry.id, parameters, weights, size, f"{settings.max_model_len:,}", at_once, "yes")
 
 
+def _reason(model: KnownModel) -> str | None:
+    """Why it does not fit, in the words of check-gpu."""
+    if model.fit is None or model.fit.fits:
+        return None
+    return next((problem.message for problem in model.fit.problems if problem.blocking), None)
+
+
 def _model_data(model: KnownModel) -> dict[str, Any]:
     entry, fit = model.entry, _fit(model)
     data: dict[str, Any] = {
@@ -84,12 +94,15 @@ def _model_data(model: KnownModel) -> dict[str, Any]:
         "quantization": (entry.quantization_config or {}).get("quant_method"),
         "min_vllm": entry.min_vllm,
         "fit": None,
+        "reason": None,
         "plan": None,
     }
     if fit is None or model.fit is None:
         return data
     settings = fit.settings
     data["fit"] = "fits" if model.fit.fits else "does_not_fit"
+    if not model.fit.fits:
+        data["reason"] = _reason(model)
     data["plan"] = {
         "tensor_parallel_size": settings.tensor_parallel_size,
         "dtype": settings.dtype,

@@ -204,6 +204,8 @@ def _savings(
         yield [({"language_model_only": True}, False)]
     if not on_gpu:
         return
+    if not wishes.enforce_eager:
+        yield [({"enforce_eager": True}, False)]
     if wishes.kv_cache_dtype == "auto":
         yield [({"kv_cache_dtype": "fp8"}, True)]
     fp8 = online_fp8(knowledge.rules)

@@ -133,6 +133,12 @@ def least_version(architecture: str, table: EngineRulesTable) -> str | None:
     return next((rules.version for rules in table if architecture in rules.architectures), None)
 
 
+def is_older(version: str, than: str) -> bool:
+    """Whether a version of vLLM comes before another; False where either can't be read."""
+    this, other = _release(version), _release(than)
+    return this is not None and other is not None and this < other
+
+
 def _release(version: str) -> tuple[int, int] | None:
     match = _RELEASE.match(version.strip())
     return (int(match[1]), int(match[2])) if match else None

@@ -7,7 +7,12 @@ from dataclasses import replace
 
 from gemma_serve.errors import Problem
 from gemma_serve.planning.memory.decision import Decision, legal_sizes, own_model_len
-from gemma_serve.planning.memory.engine_rules import EngineRules, EngineRulesTable, least_version
+from gemma_serve.planning.memory.engine_rules import (
+    EngineRules,
+    EngineRulesTable,
+    is_older,
+    least_version,
+)
 from gemma_serve.planning.memory.fit import DeviceMemory, Fit
 from gemma_serve.planning.memory.quantization_rules import (
     quantization_conflict,
@@ -49,9 +54,9 @@ def plan_problems(
 
 
 def model_problems(
-    facts: ModelFacts, rules: EngineRules, table: EngineRulesTable
+    facts: ModelFacts, rules: EngineRules, table: EngineRulesTable, version: str | None = None
 ) -> tuple[Problem, ...]:
-    """What is wrong with the model itself, on this vLLM or on any."""
+    """What is wrong with the model itself, on this `version` of vLLM or on any."""
     entry = facts.entry
     if entry is not None and not entry.served:
         return (
@@ -65,12 +70,15 @@ def model_problems(
     if entry is not None and entry.note:
         found.append(Problem("model.note", f"{entry.id}: {entry.note}", blocking=False))
     architecture = facts.architecture or (entry.architecture if entry else None)
-    if facts.geometry is not None and architecture and architecture not in rules.architectures:
-        since = least_version(architecture, table)
+    since = least_version(architecture, table) if architecture else None
+    too_old = bool(architecture) and architecture not in rules.architectures
+    if entry is not None and version and entry.min_vllm and is_older(version, entry.min_vllm):
+        too_old, since = True, entry.min_vllm
+    if facts.geometry is not None and too_old:
         found.append(
             Problem(
                 "model.engine_too_old" if since else "model.not_served",
-                f"vLLM {rules.version} does not know the architecture {architecture} "
+                f"vLLM {version or rules.version} does not know the architecture {architecture} "
                 f"of {facts.model}",
                 f"install vLLM {since} or later" if since else "choose another model",
             )
@@ -139,8 +147,8 @@ def _unknown_quantization(wishes: Wishes, facts: ModelFacts, rules: EngineRules)
     if facts.quantization_config is not None or facts.geometry is None:
         return None
     found = (
-        f"`--quantization {name}` is for checkpoints that come quantized under vLLM "
-        f"{rules.version}, and {facts.model} does not"
+        f"under vLLM {rules.version} `--quantization {name}` is for checkpoints that are stored in "
+        f"it, and {facts.model} is not"
     )
     best = online_fp8(rules)
     return Problem("plan.quantization", found, f"say `--quantization {best}`" if best else "")

@@ -104,6 +104,10 @@ def nearest_model(name: str, known: Iterable[str]) -> str | None:
     Names are compared without case, and without the organisation, which people leave out.
     """
     by_short_name = {_short(model): model for model in known}
+    # Gemma 3's names end in -it or -pt, which people leave out.
+    for ending in ("-it", "-pt"):
+        if _short(name) + ending in by_short_name:
+            return by_short_name[_short(name) + ending]
     close = difflib.get_close_matches(_short(name), by_short_name, n=1, cutoff=0.8)
     return by_short_name[close[0]] if close else None
 
