@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_serve.errors import GemmaServeError
-from gemma_serve.planning.memory.attention_backend import choose_attention
+from gemma_serve.planning.memory.attention_backend import choose_attention, start_refusal
 from gemma_serve.planning.memory.engine_rules import EngineRules
 from gemma_serve.planning.memory.kv_cache import plan_kv_cache
 from gemma_serve.planning.memory.tensor_parallel import illegal_tensor_parallel_reason
@@ -90,7 +90,7 @@ def planned(case: Case, geometry: Geometry, rules: EngineRules) -> dict[str, Any
         block_size=case.block_size,
         attention_backend=case.attention_backend,
     )
-    if attention.unsupported:
+    if attention.unsupported or start_refusal(attention, case.capability):
         return {"refused": True}
     try:
         layout = plan_kv_cache(

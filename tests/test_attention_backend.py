@@ -7,7 +7,11 @@ that people ask about.
 import pytest
 
 from gemma_serve.adapters.package_data import load_engine_rules
-from gemma_serve.planning.memory.attention_backend import choose_attention, kv_cell_bytes
+from gemma_serve.planning.memory.attention_backend import (
+    choose_attention,
+    kv_cell_bytes,
+    start_refusal,
+)
 from gemma_serve.planning.memory.engine_rules import rules_for
 from kv_models import MODELS
 
@@ -96,6 +100,41 @@ def test_what_can_not_be_served_is_a_sentence(capability, settings, sentence):
     plan = attention("gemma-3-4b", capability, **settings)
     assert plan.unsupported is not None
     assert sentence in plan.unsupported
+
+
+def refused_at_start(model, capability, **settings):
+    return start_refusal(attention(model, capability, **settings), capability)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.33.0"])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2", "fp8_per_token_head"])
+def test_triton_takes_an_fp8_cache_from_ada_on(version, kv_cache_dtype):
+    def refused(capability):
+        settings = {"version": version, "kv_cache_dtype": kv_cache_dtype}
+        return refused_at_start("gemma-4-E4B", capability, **settings)
+
+    allowed = [gpu for gpu in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0)) if not refused(gpu)]
+    assert allowed == [(8, 9), (9, 0)]
+    assert refused((8, 6)) == (
+        "vLLM's Triton attention takes an fp8 KV cache from 8.9 on, "
+        "and the GPU has compute capability 8.6"
+    )
+
+
+def test_other_backends_and_other_caches_start_before_ada():
+    assert refused_at_start("gemma-7b", (8, 0), kv_cache_dtype="fp8") is None
+    for kv_cache_dtype in ("auto", "float16", "int8_per_token_head", "int4_per_token_head"):
+        settings = {"dtype": "float16", "kv_cache_dtype": kv_cache_dtype}
+        assert refused_at_start("gemma-7b", (7, 5), **settings) is None
+    assert refused_at_start("gemma-7b", None, kv_cache_dtype="fp8") is None
+
+
+def test_a_bfloat16_cache_does_not_start_before_ampere():
+    settings = {"dtype": "float16", "kv_cache_dtype": "bfloat16"}
+    assert refused_at_start("gemma-7b", (7, 5), **settings) == (
+        "a bfloat16 KV cache wants compute capability 8.0, and the GPU has compute capability 7.5"
+    )
+    assert refused_at_start("gemma-4-E4B", (8, 0), **settings) is None
 
 
 @pytest.mark.parametrize(

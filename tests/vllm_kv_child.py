@@ -255,6 +255,22 @@ def backend_of(case, config, head_size, sliding):
     return resolve_obj_by_qualname(path)
 
 
+def refuse_at_start(case, backends):
+    """Builds the attention of each Triton layer, as the engine does once it has chosen it."""
+    triton = AttentionBackendEnum.TRITON_ATTN.get_class()
+    for layer, backend in zip(case["layers"], backends, strict=True):
+        if backend is triton:
+            backend.get_impl_cls()(
+                num_heads=case["query_heads"],
+                head_size=layer["head_size"],
+                scale=1.0,
+                num_kv_heads=layer["kv_heads"],
+                alibi_slopes=None,
+                sliding_window=layer["window"],
+                kv_cache_dtype=case["kv_cache_dtype"],
+            )
+
+
 def set_block_size(case, config, backends):
     cache = config.cache_config
     if cache.user_specified_block_size:
@@ -276,6 +292,8 @@ def specs_of(case, config):
         backend_of(case, config, layer["head_size"], layer["window"] is not None)
         for layer in case["layers"]
     ]
+    if case["capability"]:
+        refuse_at_start(case, backends)
     set_block_size(case, config, backends)
     backend_by_head = {
         layer["head_size"]: backend for layer, backend in zip(case["layers"], backends, strict=True)

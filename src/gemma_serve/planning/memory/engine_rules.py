@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 GIB = 2**30
 
+_NEEDS = "quantization_capabilities"
 _RELEASE = re.compile(r"v?(\d+)\.(\d+)(?!\d)")
 
 
@@ -61,6 +62,10 @@ class EngineRules:
     `blocks_by_layer`: whether a backend's block depends on the layer's head size, not the model's.
     `triton_flash_attn_versions`: the FlashAttention versions that may stand beside Triton for
     models that look at images in both directions; empty where vLLM has no such backend.
+    `quantization_capabilities`: the least compute capability of a method, where there is one;
+    `blackwell_quantization_methods` run on 10.x only, `expert_quantization_methods` quantize
+    nothing but experts, `cpu_online_quantization_methods` quantize while loading on the CPU.
+    `quantization_overrides`: which methods may be asked for where a checkpoint stores another.
     """
 
     release: tuple[int, int]
@@ -74,6 +79,11 @@ class EngineRules:
     kv_cache_dtypes: tuple[str, ...]
     checkpoint_quantization_methods: tuple[str, ...]
     online_quantization_methods: tuple[str, ...]
+    cpu_online_quantization_methods: tuple[str, ...]
+    expert_quantization_methods: tuple[str, ...]
+    blackwell_quantization_methods: tuple[str, ...]
+    quantization_capabilities: Mapping[str, tuple[int, int]]
+    quantization_overrides: Mapping[str, tuple[str, ...]]
     batch_tiers: tuple[BatchTier, ...]
     cpu_batch_tier: BatchTier
     drafters_without_async: tuple[str, ...]
@@ -98,8 +108,9 @@ EngineRulesTable = tuple[EngineRules, ...]
 def parse_engine_rules(entries: Sequence[Mapping[str, Any]]) -> EngineRulesTable:
     """The rules of every known release, oldest first, from the entries of the data file.
 
-    Each entry says what changed since the one before it. Raises KeyError or TypeError where the
-    first entry lacks a rule or a later one names a rule that doesn't exist.
+    Each entry says what changed since the one before it; of `quantization_capabilities`, which
+    methods did. Raises KeyError or TypeError where the first entry lacks a rule or a later one
+    names a rule that doesn't exist.
     """
     table: list[EngineRules] = []
     rules: dict[str, Any] = {}
@@ -107,7 +118,9 @@ def parse_engine_rules(entries: Sequence[Mapping[str, Any]]) -> EngineRulesTable
         change = dict(entry)
         release = _release(change.pop("since"))
         added = change.pop("new_architectures", ())
+        needs = {**rules.get(_NEEDS, {}), **_rule(_NEEDS, change.pop(_NEEDS, {}))}
         rules = {**rules, **{name: _rule(name, value) for name, value in change.items()}}
+        rules[_NEEDS] = needs
         rules["architectures"] = frozenset(rules["architectures"]) | frozenset(added)
         table.append(EngineRules(release=release or (0, 0), **rules))
     return tuple(table)
@@ -151,6 +164,10 @@ def _rule(name: str, value: Any) -> Any:
         return _batch_tier(value)
     if name == "flash_attention":
         return FlashAttentionRules(**value)
+    if name == _NEEDS:
+        return {method: _release(capability) for method, capability in value.items()}
+    if name == "quantization_overrides":
+        return {method: tuple(names) for method, names in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -1,55 +1,80 @@
-"""Whether vLLM takes a quantization method on a GPU, and beside what a checkpoint stores.
-
-What stands here is the same in vLLM 0.26 to 0.33.
-"""
+"""Whether vLLM takes a quantization method on a device, and beside what a checkpoint stores."""
 
 from __future__ import annotations
 
-# get_min_capability of vLLM's quantization methods, and what online/fp8.py (PTPC needs kernels
-# that Ada brought) and online/nvfp4.py raise beside it.
-_LEAST_CAPABILITY = {
-    "fp8": (7, 5),
-    "fp8_per_tensor": (7, 5),
-    "fp8_per_block": (7, 5),
-    "fp8_per_channel": (8, 9),
-    "mxfp4": (8, 0),
-    "mxfp8": (7, 5),
-    "int8_per_channel_weight_only": (7, 5),
-    "compressed-tensors": (7, 0),
-}
-_BLACKWELL_ONLY = frozenset({"nvfp4_per_token"})
+from collections.abc import Mapping
+from typing import Any
 
-# Names of which vLLM takes one for another (config/model.py, the list of overrides).
-_SAME_FAMILY = (
-    frozenset({"gptq", "gptq_marlin", "auto_gptq", "moe_wna16", "humming"}),
-    frozenset({"awq", "awq_marlin", "auto_awq", "moe_wna16", "humming"}),
+from gemma_serve.planning.memory.engine_rules import EngineRules
+
+# model_executor/layers/quantization/modelopt.py: one name for several ways to store weights.
+_MODELOPT_ALGORITHMS = (
+    ("MXFP8", "modelopt_mxfp8"),
+    ("FP4", "modelopt_fp4"),
+    ("MIXED_PRECISION", "modelopt_mixed"),
 )
 
 
-def quantization_refusal(method: str, capability: tuple[int, int] | None) -> str | None:
-    """Why vLLM refuses weights quantized this way on a GPU; None if it doesn't.
+def quantization_refusal(
+    method: str,
+    capability: tuple[int, int] | None,
+    rules: EngineRules,
+    *,
+    has_experts: bool,
+    while_loading: bool,
+) -> str | None:
+    """Why weights quantized this way don't run on a device; None if they do.
 
-    `capability` is the GPU's compute capability, like (9, 0); of the CPU build, None, nothing is
-    known here.
+    `capability` is the GPU's compute capability, like (9, 0); None asks for the CPU build.
+    `while_loading`: vLLM is to quantize the weights itself, the checkpoint doesn't store them so.
+    A method that would leave a model without experts as it is counts as refused.
     """
+    if method in rules.expert_quantization_methods and not has_experts:
+        return f"`{method}` quantizes experts only, and the model has none"
     if capability is None:
-        return None
-    has = f"compute capability {capability[0]}.{capability[1]}"
-    if method in _BLACKWELL_ONLY and capability[0] != 10:
-        return f"`{method}` runs on compute capability 10.x (B200) only, and the GPU has {has}"
-    least = _LEAST_CAPABILITY.get(method)
+        runs = method in rules.cpu_online_quantization_methods and not has_experts
+        if runs or not while_loading:
+            return None
+        return f"vLLM's CPU build does not quantize weights with `{method}` while loading"
+    has = f"the GPU has compute capability {capability[0]}.{capability[1]}"
+    if method in rules.blackwell_quantization_methods and capability[0] != 10:
+        return f"`{method}` runs on compute capability 10.x (B200) only, and {has}"
+    least = rules.quantization_capabilities.get(method)
     if least is None or capability >= least:
         return None
-    return f"`{method}` wants compute capability {least[0]}.{least[1]}, and the GPU has {has}"
+    return (
+        f"in vLLM {rules.version} `{method}` wants compute capability {least[0]}.{least[1]}, "
+        f"and {has}"
+    )
 
 
-def quantization_conflict(wanted: str, stored: str | None) -> str | None:
-    """Why vLLM refuses `--quantization wanted` for a checkpoint that stores another method.
+def quantization_conflict(wanted: str, stored: str | None, rules: EngineRules) -> str | None:
+    """Why `--quantization wanted` can't be for a checkpoint that stores another method.
 
     `stored` is the `quant_method` of the checkpoint's quantization_config; None if it has none.
+    Source: config/model.py, _verify_quantization.
     """
-    if stored is None or wanted == stored:
+    if stored is None or wanted in (stored, "humming"):
         return None
-    if any(wanted in family and stored in family for family in _SAME_FAMILY):
+    if wanted in rules.quantization_overrides.get(stored, ()):
         return None
     return f"the checkpoint comes quantized with `{stored}`, so it can't be loaded as `{wanted}`"
+
+
+def stored_method(quantization_config: Mapping[str, Any] | None) -> str | None:
+    """The method that vLLM will run a quantized checkpoint with, by its quantization_config.
+
+    Weights in fp8 with a scale for each block count as `fp8_per_block`: they take other kernels.
+    """
+    config = quantization_config or {}
+    method = config.get("quant_method")
+    if not isinstance(method, str):
+        return None
+    if method == "fp8" and config.get("weight_block_size"):
+        return "fp8_per_block"
+    if method == "modelopt":
+        nested = config.get("quantization")
+        algorithm = str((nested if isinstance(nested, Mapping) else config).get("quant_algo"))
+        names = (name for part, name in _MODELOPT_ALGORITHMS if part in algorithm.upper())
+        return next(names, method)
+    return method

@@ -17,6 +17,7 @@ from gemma_serve.planning.memory.fit import DeviceMemory, Fit
 from gemma_serve.planning.memory.quantization_rules import (
     quantization_conflict,
     quantization_refusal,
+    stored_method,
 )
 from gemma_serve.planning.memory.request import Machine, Wishes
 from gemma_serve.planning.memory.tensor_parallel import illegal_tensor_parallel_reason
@@ -162,16 +163,22 @@ def _quantization(
     if unknown is not None:
         return unknown
     wanted, stored = wishes.quantization, facts.quantization
-    conflict = quantization_conflict(wanted, stored) if wanted else None
+    conflict = quantization_conflict(wanted, stored, rules) if wanted else None
     if conflict is not None:
         return Problem("plan.quantization", conflict, "leave `--quantization` out")
-    method = wanted or stored
+    method = stored_method(facts.quantization_config) or wanted
     if method is None or facts.geometry is None:
         return None
-    refusal = quantization_refusal(method, device.compute_capability)
+    refusal = quantization_refusal(
+        method,
+        device.compute_capability,
+        rules,
+        has_experts=any(layer.experts for layer in facts.geometry.layers),
+        while_loading=stored is None,
+    )
     if refusal is None:
         return None
-    hint = "leave `--quantization` out" if wanted else "take weights that are not quantized"
+    hint = "leave `--quantization` out" if stored is None else "take weights that are not quantized"
     return Problem("plan.quantization", refusal, hint)
 
 
