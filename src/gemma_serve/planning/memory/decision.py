@@ -106,7 +106,8 @@ def legal_sizes(facts: ModelFacts, most_gpus: int) -> tuple[int, ...]:
     geometry = facts.geometry
     if geometry is None:
         return tuple(1 << power for power in range(most_gpus.bit_length()))
-    sizes = range(1, most_gpus + 1)
+    # No head can be split, so there are no more parts than heads.
+    sizes = range(1, min(most_gpus, geometry.query_heads) + 1)
     return tuple(n for n in sizes if illegal_tensor_parallel_reason(geometry, n) is None)
 
 
