@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from gemma_serve.cli.options import (
+    MEMORY_SETTINGS,
     AsJson,
     ConfigFile,
     EngineVersion,
@@ -19,19 +20,7 @@ from gemma_serve.errors import EXIT_NO, EXIT_OK
 @with_settings(
     "model",
     "revision",
-    "tensor_parallel_size",
-    "gpus",
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "dtype",
-    "quantization",
-    "kv_cache_dtype",
-    "enforce_eager",
-    "language_model_only",
-    "engine_python",
+    *MEMORY_SETTINGS,
     "download_dir",
     "engine_args",
 )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_serve.cli.options import (
+    MEMORY_SETTINGS,
     AsJson,
     ConfigFile,
     EngineVersion,
@@ -25,21 +26,7 @@ Family = Annotated[
 Fitting = Annotated[bool, typer.Option("--fits", help="Only those that fit.")]
 
 
-@with_settings(
-    "tensor_parallel_size",
-    "gpus",
-    "gpu_memory_utilization",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "kv_cache_memory_bytes",
-    "dtype",
-    "quantization",
-    "kv_cache_dtype",
-    "enforce_eager",
-    "language_model_only",
-    "engine_python",
-)
+@with_settings(*MEMORY_SETTINGS)
 def models(
     *,
     flags: dict[str, Any],

@@ -54,6 +54,24 @@ OnDevice = Annotated[
 ]
 
 
+# What an engine's memory follows from, for the commands that only plan.
+MEMORY_SETTINGS = (
+    "tensor_parallel_size",
+    "gpus",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "dtype",
+    "quantization",
+    "kv_cache_dtype",
+    "enforce_eager",
+    "language_model_only",
+    "engine_python",
+)
+
+
 def with_settings(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command an option for each of the settings `names`, or for all of them.
 

@@ -256,8 +256,11 @@ def _divide(
 def _fixed_kv_cache_bytes(settings: EngineSettings, layout: KvCacheLayout | None) -> int | None:
     """The size of the KV cache where it was fixed; vLLM allocates as many blocks as it is told.
 
+    A model that keeps no keys and values gets none, whatever was said.
     Source: v1/core/kv_cache_utils.py, may_override_num_blocks.
     """
+    if layout is not None and not layout.groups:
+        return 0
     if settings.num_gpu_blocks_override is not None and layout is not None and layout.groups:
         return settings.num_gpu_blocks_override * layout.pool_bytes_per_block
     return settings.kv_cache_memory_bytes

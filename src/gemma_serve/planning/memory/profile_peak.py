@@ -67,15 +67,8 @@ def activation_part(
     run, gpu = profile_run(geometry, settings), constants.gpu(settings.compute_capability)
     first_runner = not on_second_runner(geometry, rules)
     encoder = EncoderMemory(0, 0, 0.0)
-    if has_towers(geometry, settings) and (rules.profiles_encoder or first_runner):
-        encoder = encoder_memory(
-            geometry,
-            tokens=settings.max_num_batched_tokens,
-            sequences=settings.max_num_seqs,
-            max_model_len=settings.max_model_len,
-            element_bytes=run.element_bytes,
-            tensor_parallel_size=settings.tensor_parallel_size,
-        )
+    if rules.profiles_encoder or first_runner:
+        encoder = _encoder(geometry, settings, run)
     stays = encoder.cached_bytes + expert_workspace(geometry, run)
     sampler = sampler_peak(
         geometry,
@@ -111,6 +104,19 @@ def activation_part(
         peak + _SMALL_TENSORS,
         max(int(peak * share), encoded) + tuned + workspace.margin_bytes + _ROUNDING_MARGIN,
         f"The most at one moment: {highest} ({basis}).",
+    )
+
+
+def _encoder(geometry: Geometry, settings: RuntimeSettings, run: ProfileRun) -> EncoderMemory:
+    if not has_towers(geometry, settings):
+        return EncoderMemory(0, 0, 0.0)
+    return encoder_memory(
+        geometry,
+        tokens=settings.max_num_batched_tokens,
+        sequences=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        element_bytes=run.element_bytes,
+        tensor_parallel_size=settings.tensor_parallel_size,
     )
 
 
