@@ -62,7 +62,7 @@ has two homes.
 | `GEMMA_SERVE_STATE_DIR` | where deployments and their logs are kept; by default the platform's state folder, `~/.local/state/gemma-serve` on Linux |
 | `GEMMA_SERVE_ENGINE` | the engine for `./scripts/install`: `auto`, `gpu`, `cpu` or `none` |
 | `CUDA_VISIBLE_DEVICES` | the GPUs that count, by index in PCI order or by UUID |
-| `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` | as `hf` reads them |
+| `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the others of `hf` | as `hf` reads them, see [access](access.md#mirrors-and-other-places) |
 """
 
 

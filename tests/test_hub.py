@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import local_hub
 from checkpoint_samples import GEMMA, codes, facts_of, weights_file, write_weights
 from gemma_serve.adapters.checkpoint import read_checkpoint
-from gemma_serve.adapters.hub import read_hub
+from gemma_serve.adapters.hub.facts import read_hub
 from gemma_serve.planning.model.facts import FactsReading, ModelFacts
 from gemma_serve.planning.model.model_config import read_geometry
 from gemma_serve.planning.model.weights import HeaderTensor
@@ -65,10 +67,10 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def ask(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ask a Hub for the model; `hub` holds what was asked for afterwards."""
 
-    def read(hub: LocalHub, revision: str | None = None, **how: Any) -> FactsReading:
+    def read(hub: LocalHub, revision: str | None = None, **limit: float) -> FactsReading:
         with serving(hub):
             local_hub.use(monkeypatch, hub.url)
-            return read_hub(NAME, revision, **how)
+            return read_hub(NAME, revision, **limit)
 
     return read
 
@@ -132,13 +134,6 @@ def test_many_files_keep_their_order(ask: Any) -> None:
     assert names == [f"w{index}" for index in range(1, 21)]
 
 
-def test_headers_that_are_not_wanted_are_not_asked_for(ask: Any) -> None:
-    hub = LocalHub(SHARDED)
-    reading = ask(hub, headers=False)
-    assert reading == FactsReading(replace(FROM_HUB, tensors=(), weights_bytes=None))
-    assert hub.asked == [f"GET {API}?blobs=true", f"GET {FILES}/config.json"]
-
-
 def test_nothing_is_left_on_the_disk_or_on_the_terminal(
     ask: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,13 +165,18 @@ def test_another_kind_of_model_is_a_warning_and_its_size_is_known(ask: Any) -> N
 @pytest.mark.parametrize(
     ("status", "error_code", "code", "blocking"),
     [
-        (401, "RepoNotFound", "model.not_found", True),
-        (404, "RepoNotFound", "model.not_found", True),
-        (404, "RevisionNotFound", "model.revision_not_found", True),
-        (403, "GatedRepo", "hub.gated", False),
-        (403, None, "hub.denied", False),
-        (500, None, "hub.unreachable", False),
-        (429, None, "hub.unreachable", False),
+        (400, None, "hub.unreachable", False),
+        (401, None, "hub.no_token", False),
+        (401, "RepoNotFound", "hub.not_found", True),
+        (401, "GatedRepo", "hub.no_token", False),
+        (403, "GatedRepo", "hub.no_token", False),
+        (403, None, "hub.forbidden", False),
+        (404, None, "hub.unreachable", False),
+        (404, "RepoNotFound", "hub.not_found", True),
+        (404, "RevisionNotFound", "hub.revision_not_found", True),
+        (429, None, "hub.rate_limited", False),
+        (500, None, "hub.server_error", False),
+        (503, None, "hub.server_error", False),
     ],
 )
 @pytest.mark.parametrize("stage", ["api", "config.json", "model.safetensors"])
@@ -192,13 +192,29 @@ def test_the_hub_says_no(
     assert len(hub.asked) == 1 + ["api", "config.json", "model.safetensors"].index(stage)
 
 
-def test_a_licence_that_is_not_accepted(ask: Any) -> None:
+@pytest.mark.parametrize(
+    ("token", "code"), [(None, "hub.no_token"), ("hf_of_somebody", "hub.licence_not_accepted")]
+)
+def test_a_licence_that_is_not_accepted(
+    ask: Any, monkeypatch: pytest.MonkeyPatch, token: str | None, code: str
+) -> None:
     """The Hub lists gated models to everybody, and refuses their files."""
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
     hub = LocalHub(ONE_FILE, refuses={"config.json": Refusal(403, "GatedRepo")})
-    [problem] = ask(hub, headers=False).problems
-    assert problem.code == "hub.gated"
+    [problem] = ask(hub).problems
+    assert (problem.code, problem.blocking) == (code, False)
     assert f"https://huggingface.co/{NAME}" in problem.hint
-    assert "hf auth login" in problem.hint
+    assert ("hf auth login" in problem.hint) == (token is None)
+
+
+def test_a_token_that_is_kept_back_is_none(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    for refusal, code in (("GatedRepo", "hub.no_token"), ("RepoNotFound", "hub.not_found")):
+        hub = LocalHub(ONE_FILE, refuses={"config.json": Refusal(401, refusal)})
+        assert codes(ask(hub)) == [code]
+        assert hub.tokens == {None}
 
 
 def test_a_model_without_a_config(ask: Any) -> None:
@@ -257,16 +273,16 @@ def test_a_hub_that_hangs_costs_no_more_than_the_limit(ask: Any, stage: str) -> 
     assert time.monotonic() - began < 3
 
 
-def test_a_hub_that_hangs_does_not_keep_the_program_from_ending() -> None:
+def test_a_hub_that_hangs_does_not_keep_the_program_from_ending(tmp_path: Path) -> None:
     code = (
-        "from gemma_serve.adapters.hub import read_hub\n"
+        "from gemma_serve.adapters.hub.facts import read_hub\n"
         f"print(read_hub({NAME!r}, time_limit_s=1.5).problems[0].code)"
     )
     with serving(LocalHub(ONE_FILE, hangs=frozenset({"model.safetensors"}))) as hub:
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env={"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": ""},
+            env={**os.environ, **local_hub.environ(hub.url, tmp_path)},
             capture_output=True,
             text=True,
             check=True,
@@ -314,7 +330,7 @@ def test_the_token_goes_to_the_hub_and_into_no_message(
 
 
 def test_a_name_that_no_hub_could_have() -> None:
-    assert codes(read_hub("a/b/c")) == ["model.not_found"]
+    assert codes(read_hub("a/b/c")) == ["hub.not_found"]
 
 
 def test_the_weights_of_a_folder_and_of_the_hub_are_damaged_alike(ask: Any, tmp_path: Path) -> None:

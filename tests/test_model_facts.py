@@ -12,14 +12,14 @@ from huggingface_hub import constants
 
 import local_hub
 from checkpoint_samples import GEMMA, codes, facts_of, weights_file, write_model
-from gemma_serve.adapters.hub import is_offline, read_hub
+from gemma_serve.adapters.hub.client import is_offline
+from gemma_serve.adapters.hub.facts import read_hub
 from gemma_serve.adapters.package_data import load_catalogue
-from gemma_serve.planning.config import ServeConfig
 from gemma_serve.planning.model.dtypes import choose_dtype
 from gemma_serve.planning.model.facts import FactsReading, ModelFacts
 from gemma_serve.planning.model.model_config import read_geometry
 from gemma_serve.planning.model.weights import HeaderTensor, ModelWeights, model_weights
-from gemma_serve.usecases.model_facts import access_problems, find_model_facts
+from gemma_serve.usecases.model_facts import find_model_facts
 from local_hub import FIRST_BYTES, SHA, LocalHub, Refusal, serving
 
 KNOWN = "google/gemma-7b-it"
@@ -55,9 +55,9 @@ def cached_repo(cache: Path, model: str, revision: str = "main") -> Path:
     """A repository in the Hub's cache; gives the folder of its snapshot, with a whole model."""
     repo = cache / f"models--{model.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / revision).write_text("abc")
+    (repo / "refs" / revision).write_text(SHA)
     (repo / "snapshots").mkdir()
-    return write_model(repo / "snapshots" / "abc")
+    return write_model(repo / "snapshots" / SHA)
 
 
 def test_a_public_gemma_is_known_by_heart_and_nobody_is_asked(hub: LocalHub) -> None:
@@ -121,15 +121,15 @@ def test_without_the_hub_a_revision_is_taken_to_be_as_the_catalogue_says() -> No
 def test_a_revision_that_the_hub_does_not_have_is_not_guessed_at(hub: LocalHub) -> None:
     hub.refuses = {"api": Refusal(404, "RevisionNotFound")}
     reading = find_model_facts(KNOWN, "v99")
-    assert (reading.facts, codes(reading)) == (None, ["model.revision_not_found"])
+    assert (reading.facts, codes(reading)) == (None, ["hub.revision_not_found"])
 
 
 def test_a_licence_to_accept_first(hub: LocalHub) -> None:
     hub.refuses = {"config.json": Refusal(403, "GatedRepo")}
     other = find_model_facts(OTHER)
-    assert (other.facts, codes(other)) == (None, ["hub.gated", "model.size_unknown"])
+    assert (other.facts, codes(other)) == (None, ["hub.no_token", "model.size_unknown"])
     known = find_model_facts(KNOWN, "v1.1")
-    assert (facts_of(known).source, codes(known)) == ("catalogue", ["hub.gated"])
+    assert (facts_of(known).source, codes(known)) == ("catalogue", ["hub.no_token"])
 
 
 def test_of_what_nobody_knows_the_size_is_a_problem(hub: LocalHub) -> None:
@@ -167,7 +167,7 @@ def test_a_typo_gets_a_suggestion(
 ) -> None:
     hub.refuses = {"api": Refusal(401, "RepoNotFound")}
     [problem] = find_model_facts(typed).problems
-    assert (problem.code, problem.blocking) == ("model.not_found", True)
+    assert (problem.code, problem.blocking) == ("hub.not_found", True)
     assert problem.hint == f"did you mean `--model {meant}`?"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     [_, unknown] = find_model_facts(typed).problems
@@ -178,7 +178,7 @@ def test_a_typo_gets_a_suggestion(
 def test_what_is_like_nothing_gets_no_suggestion(hub: LocalHub) -> None:
     hub.refuses = {"api": Refusal(404, "RepoNotFound")}
     [problem] = find_model_facts("meta-llama/Llama-3.1-8B").problems
-    assert problem.code == "model.not_found"
+    assert problem.code == "hub.not_found"
     assert "did you mean" not in problem.hint
 
 
@@ -231,30 +231,6 @@ def test_the_demo_is_a_folder_of_the_package(hub: LocalHub) -> None:
     assert (facts.source, facts.model_type, reading.problems) == ("folder", "gemma", ())
     assert facts.geometry is not None
     assert sum(tensor.elements for tensor in facts.tensors) == facts.parameters
-    assert hub.asked == []
-
-
-def test_access_is_asked_for_without_headers(hub: LocalHub) -> None:
-    config = ServeConfig(model=KNOWN)
-    assert access_problems(config) == ()
-    assert hub.asked == [
-        f"GET /api/models/{KNOWN}?blobs=true",
-        f"GET /{KNOWN}/resolve/{SHA}/config.json",
-    ]
-    hub.refuses = {"config.json": Refusal(403, "GatedRepo")}
-    assert [problem.code for problem in access_problems(config)] == ["hub.gated"]
-
-
-def test_access_to_what_is_cached_is_nobodys_business(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    snapshot = cached_repo(tmp_path / "cache", KNOWN)
-    (snapshot / "tokenizer_config.json").write_text("{}")
-    assert access_problems(ServeConfig(model=KNOWN, download_dir=tmp_path / "cache")) == ()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert access_problems(ServeConfig(model=KNOWN, download_dir=tmp_path / "cache")) == ()
-    [missing] = access_problems(ServeConfig(model=KNOWN))
-    assert (missing.code, missing.blocking) == ("hub.offline_missing", True)
     assert hub.asked == []
 
 

@@ -64,7 +64,7 @@ def test_the_whole_plan_of_the_demo(python, environ):
     assert plan.ok
     assert set(data) == {
         "url", "served_model_name", "config", "sources", "engine", "gpus", "argv", "environment",
-        "secrets", "notes", "fit", "facts_source", "model", "plan", "alternatives",
+        "secrets", "notes", "fit", "facts_source", "model", "plan", "alternatives", "commit",
     }  # fmt: skip
     assert (data["fit"], data["facts_source"]) == ("fits", "folder")
     # 1024 tokens are 8 blocks of 128.

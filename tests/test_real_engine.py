@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from demo_hub import ACCEPTED, GATED, NOT_ACCEPTED, gated_hub
 from gemma_serve.adapters.package_data import data_path
 from gemma_serve.adapters.state import running_deployments
+from local_hub import environ, serving
 from running import Program
 
 pytestmark = pytest.mark.engine
@@ -154,13 +156,24 @@ def test_a_core_killed_while_it_loads_is_exit_3_and_leaves_nothing(run):
     assert "Engine core initialization failed" not in err.split("error: ")[1]
 
 
-def test_a_core_killed_after_ready_is_exit_3_and_leaves_nothing(run):
-    program = run()
-    program.wait_for("ready after", "out")
-    os.kill(_core(program).pid, signal.SIGKILL)
-    assert program.exit_code() == 3
-    # vLLM's own leader takes seconds to notice; the sentence shows that we did not wait for it.
-    assert "its process VLLM::EngineCore (pid" in "".join(program.err)
+def test_a_gated_model_is_refused_then_downloaded_served_and_tested(tmp_path):
+    names = {"GEMMA_SERVE_STATE_DIR": str(tmp_path / "state")}
+    small = ("--model", GATED, *SMALL[2:])
+    with serving(gated_hub()) as hub:
+        for token, code in ((None, "hub.no_token"), (NOT_ACCEPTED, "hub.licence_not_accepted")):
+            env = names | environ(hub.url, tmp_path / "hf", token)
+            with Program("up", *small, "--json", environ=env) as refused:
+                assert refused.exit_code() == 1
+                assert code in [p["code"] for p in refused.json_lines[-1]["problems"]]
+        env = names | environ(hub.url, tmp_path / "hf", ACCEPTED)
+        with Program("up", *small, "--smoke-test", environ=env) as program:
+            program.wait_for("the endpoint keeps its promises: 9 passed", "out")
+            assert f"{GATED}, up to 1024 tokens" in "".join(program.out)
+            # One engine for two promises: what becomes of it when its core is killed.
+            os.kill(_core(program).pid, signal.SIGKILL)
+            assert program.exit_code() == 3
+            # vLLM's own leader takes seconds to notice; we did not wait for it.
+            assert "its process VLLM::EngineCore (pid" in "".join(program.err)
 
 
 def test_a_start_that_vllm_refuses_tells_vllms_reason(run):

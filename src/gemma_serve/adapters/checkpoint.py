@@ -10,9 +10,9 @@ from typing import Any
 
 from gemma_serve.errors import Problem
 from gemma_serve.planning.model.facts import FactsReading, Source, facts_from_config
+from gemma_serve.planning.model.repo_files import INDEX
 from gemma_serve.planning.model.weights import HeaderTensor
 
-_INDEX = "model.safetensors.index.json"
 # A header lists every tensor: about 100 bytes each. More than this is no header.
 _LONGEST_HEADER = 100 * 2**20
 # The second for brackets within brackets without end.
@@ -50,13 +50,20 @@ def read_checkpoint(
     return reading.adding(*weights.problems)
 
 
+def shards_of_index(folder: Path) -> frozenset[str] | None:
+    """The weight files that the folder's index names; None where it has no index."""
+    index = _read_json(folder / INDEX)
+    if index is None:
+        return None
+    weight_map = index.get("weight_map")
+    return frozenset(map(str, weight_map.values()) if isinstance(weight_map, dict) else ())
+
+
 def _read_weights(folder: Path) -> _Weights:
     """All of the folder's weights: safetensors if there are any, else PyTorch's own files."""
-    index = _read_json(folder / _INDEX)
-    if index is not None:
-        weight_map = index.get("weight_map")
-        named = weight_map.values() if isinstance(weight_map, dict) else ()
-        shards = sorted({str(shard) for shard in named})
+    named = shards_of_index(folder)
+    if named is not None:
+        shards = sorted(named)
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
             return _Weights(problems=(_shards_missing(folder, missing, shards),))
@@ -135,7 +142,7 @@ def _no_config(folder: Path) -> Problem:
     return Problem(
         "model.no_config",
         f"{folder / 'config.json'} {found}; it says what kind of model the folder holds",
-        hint="give the folder that `hf download` printed, or download the model again",
+        hint="give the folder that `gemma-serve download` printed, or download the model again",
     )
 
 
@@ -143,15 +150,15 @@ def _shards_missing(folder: Path, missing: list[str], shards: list[str]) -> Prob
     if not shards:
         return Problem(
             "model.weights_missing",
-            f"{folder / _INDEX} names no weight files; at least one is wanted",
-            hint="download the model again: `hf download` continues where it stopped",
+            f"{folder / INDEX} names no weight files; at least one is wanted",
+            hint="download it again: `gemma-serve download` goes on where it stopped",
         )
     some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
     return Problem(
         "model.weights_missing",
-        f"{len(missing)} of the {len(shards)} weight files that {folder / _INDEX} names are "
+        f"{len(missing)} of the {len(shards)} weight files that {folder / INDEX} names are "
         f"missing: {some}",
-        hint="download the model again: `hf download` continues where it stopped",
+        hint="download it again: `gemma-serve download` goes on where it stopped",
     )
 
 
@@ -159,7 +166,7 @@ def _no_weights(folder: Path) -> Problem:
     return Problem(
         "model.weights_missing",
         f"{folder} holds no weights; *.safetensors files are wanted",
-        hint="download the whole model, not its config alone: `hf download MODEL`",
+        hint="download the whole model, not its config alone: `gemma-serve download --model NAME`",
     )
 
 
@@ -175,5 +182,5 @@ def _cut_short(file: Path, size: int, wanted: int) -> Problem:
     return Problem(
         "model.weights_broken",
         f"{file} is cut short: {size:,} bytes, and its header promises {wanted:,}",
-        hint="download the model again: `hf download` continues where it stopped",
+        hint="download it again: `gemma-serve download` goes on where it stopped",
     )

@@ -1,10 +1,12 @@
-"""This machine: its memory, its cores, its ports."""
+"""This machine: its memory, its disks, its cores, its ports."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
+from pathlib import Path
 
 import psutil
 
@@ -19,6 +21,18 @@ def available_memory_bytes() -> int:
 def total_memory_bytes() -> int:
     """All of the main memory."""
     return int(psutil.virtual_memory().total)
+
+
+def free_disk_bytes(folder: Path) -> int | None:
+    """What this account may still write where `folder` is or will be; None where none can say."""
+    for place in (folder, *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None
 
 
 def usable_cores() -> tuple[int, ...]:

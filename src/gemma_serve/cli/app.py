@@ -15,7 +15,10 @@ from typing import Annotated
 import typer
 
 from gemma_serve import __version__
+from gemma_serve.cli.check import check
+from gemma_serve.cli.check_access import check_access
 from gemma_serve.cli.check_gpu import check_gpu
+from gemma_serve.cli.download import download
 from gemma_serve.cli.models import models
 from gemma_serve.cli.plan import plan
 from gemma_serve.cli.smoke_test import smoke_test
@@ -32,7 +35,10 @@ app = typer.Typer(
 )
 app.command("up")(up)
 app.command("plan")(plan)
+app.command("check")(check)
+app.command("check-access")(check_access)
 app.command("check-gpu")(check_gpu)
+app.command("download")(download)
 app.command("models")(models)
 app.command("smoke-test")(smoke_test)
 
@@ -90,7 +96,9 @@ def _run(args: list[str]) -> int:
 def _end(args: Sequence[str], error: GemmaServeError) -> int:
     """Report an error that ended a command, as the envelope where JSON was asked for."""
     if os.environ.get("GEMMA_SERVE_DEBUG"):
-        traceback.print_exception(error)
+        from gemma_serve.adapters.secrets import without_secrets
+
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
     as_json = _wants_json(args)
     # Who asked us to stop knows it; a program that reads JSON still gets its last line.
     if as_json or not isinstance(error, Stopped):

@@ -28,19 +28,25 @@ def up(
 ) -> int:
     """Start Gemma, show that it answers, and serve until Ctrl-C."""
     from gemma_serve.adapters.settings import read_api_key
-    from gemma_serve.usecases.plan import check_before_start, make_plan
+    from gemma_serve.usecases.bring_model import bring_model
+    from gemma_serve.usecases.check import check
+    from gemma_serve.usecases.plan import ServePlan, make_plan
     from gemma_serve.usecases.up import UpOptions
     from gemma_serve.usecases.up import up as run
     from gemma_serve.view.up import UpView
 
-    plan = make_plan(flags, environ=os.environ, file=config, force=force)
-    view = UpView(plan, as_json=as_json)
-    problems = check_before_start(plan)
-    view.checked(problems)
-    blocking = [problem for problem in problems if problem.blocking]
+    def decide() -> ServePlan:
+        return make_plan(flags, environ=os.environ, file=config, force=force)
+
+    view = UpView(as_json=as_json)
+    report = check(decide())
+    view.checked(report)
+    blocking = [problem for problem in report.problems if problem.blocking]
     if blocking:
         raise GemmaServeError.of(blocking)
     with view:
+        plan = bring_model(report, decide, on_event=view.on_event)
+        view.starting(plan)
         result = run(
             plan,
             options=UpOptions(smoke_test=smoke_test, once=once),

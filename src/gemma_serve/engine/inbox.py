@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _CAUGHT = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -75,3 +79,25 @@ class Inbox:
                 return False
             self.wait(min(left, tick_s))
         return True
+
+    def during(self, work: Callable[[], T], look: Callable[[], None], tick_s: float) -> T:
+        """What `work` gives or raises, done in a thread; `look` at every wake-up and tick.
+
+        What `look` raises ends the wait, and nobody waits for the thread then.
+        """
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # whatever it is, the main loop raises it
+                done.set_exception(error)
+            self.wake()
+
+        # Not from a pool: a request that hangs must not keep the program from ending.
+        threading.Thread(target=run, daemon=True).start()
+        while not done.done():
+            look()
+            self.wait(tick_s)
+        look()
+        return done.result()

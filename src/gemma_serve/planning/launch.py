@@ -15,6 +15,9 @@ from gemma_serve.planning.hardware.gpus import Gpu, cuda_environment
 # in every build. (`vllm.entrypoints.api_server`, of many tutorials, has no /v1 at all.)
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 
+# As the Hub's client reads its switches.
+_TRUE = ("1", "ON", "YES", "TRUE")
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -33,7 +36,7 @@ class ModelSource:
     """What to load (`location`: a folder or a repository id) and the name it is served under.
 
     `chat_template` replaces the model's own; `has_chat` is False for a base model, which has
-    none.
+    none. `commit` is that of a repository whose files are here.
     """
 
     location: str
@@ -41,6 +44,7 @@ class ModelSource:
     is_local: bool
     chat_template: Path | None = None
     has_chat: bool = True
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def render_launch(
     argv = (str(engine.python), "-m", SERVER_MODULE, *_arguments(config, engine.device, model))
     secrets = {} if key_source is None else {"VLLM_API_KEY": key_source}
     environment = _environment(engine, model, cores, config.tensor_parallel_size or 1)
-    missing = {k: v for k, v in environment.items() if k not in (inherited or {})}
+    # A variable that is set to nothing is as good as unset.
+    missing = {k: v for k, v in environment.items() if not (inherited or {}).get(k)}
     # Ours wins over an inherited CUDA_VISIBLE_DEVICES: the choice was made among what it shows.
     return Launch(argv, missing | (cuda_environment(gpus) if gpus else {}), secrets)
 
@@ -111,7 +116,9 @@ def _flags(config: ServeConfig, device: Device, model: ModelSource) -> dict[str,
         "kv-cache-dtype": _unless_auto(config.kv_cache_dtype),
         "enforce-eager": config.enforce_eager or None,
         "language-model-only": config.language_model_only or None,
-        "download-dir": None if config.download_dir is None else str(config.download_dir),
+        "download-dir": None
+        if model.is_local or config.download_dir is None
+        else str(config.download_dir),
         "shutdown-timeout": config.drain_timeout or None,
     }
     if model.chat_template is not None and "chat-template" not in config.engine_args:
@@ -151,7 +158,12 @@ def _environment(
 def engine_environment(
     inherited: Mapping[str, str], laid_over: Mapping[str, str], secrets: Mapping[str, str]
 ) -> dict[str, str]:
-    """The engine's whole environment: ours over the caller's, without settings meant for us."""
-    ours = ("GEMMA_SERVE_", "VLLM_API_KEY")
+    """The engine's whole environment: ours over the caller's, without settings meant for us.
+
+    An engine that may not ask the Hub does not get its token either.
+    """
+    ours: tuple[str, ...] = ("GEMMA_SERVE_", "VLLM_API_KEY")
+    if {**inherited, **laid_over}.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
+        ours += ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     kept = {name: value for name, value in inherited.items() if not name.startswith(ours)}
     return {**kept, **laid_over, **secrets}

@@ -88,7 +88,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("profile", "NAME", "A set of defaults; `exact` changes no result. Default: exact."),
     Setting("engine_python", "FILE", "Python that has vLLM; by default the one running this."),
-    Setting("download_dir", "DIR", "Where vLLM keeps downloaded weights; by default HF_HOME."),
+    Setting(
+        "download_dir",
+        "DIR",
+        "Another folder for the local cache of models; by default that of HF_HOME.",
+    ),
     Setting(
         "api_key_file",
         "FILE",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_serve.adapters.settings import read_environment, read_file
-from gemma_serve.errors import Problem
-from gemma_serve.planning.config import Layer
+from gemma_serve.errors import Problem, UsageError
+from gemma_serve.planning.config import Layer, ServeConfig, resolve
 from gemma_serve.planning.settings import SETTINGS
 
 _FLAGS = {setting.name: setting.flag for setting in SETTINGS}
@@ -31,3 +31,22 @@ def read_layers(
         in_file = read_file(file)
         layers.append(Layer("file", in_file.values, in_file.origins))
     return layers, in_environment.problems
+
+
+def read_named_model(
+    flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
+) -> tuple[ServeConfig, tuple[Problem, ...]]:
+    """The settings of a command that is about one model, and warnings about them.
+
+    Raises:
+        UsageError: a value or a file is wrong, or no model is named.
+    """
+    layers, warnings = read_layers(flags, environ, file)
+    resolved = resolve(layers)
+    if resolved.sources["model"] == "default":
+        raise UsageError(
+            "no model is named",
+            code="usage",
+            hint="say which: `--model google/gemma-7b-it`; `gemma-serve models` lists them",
+        )
+    return resolved.config, warnings

@@ -11,6 +11,59 @@ from gemma_serve.planning.smoke import CheckResult, SmokeReport
 
 
 @dataclass(frozen=True)
+class CheckingFiles:
+    """Files on the disk are being compared with their checksums: bytes read of all."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class FileDamaged:
+    """A file is not what it should be, and will be fetched again; `found` says how it differs."""
+
+    file: str
+    found: str
+
+
+@dataclass(frozen=True)
+class DownloadBegan:
+    """`files` of `total_bytes` are wanted in `folder`, `missing_bytes` of them are yet to come."""
+
+    model: str
+    commit: str
+    folder: Path
+    files: int
+    total_bytes: int
+    missing_bytes: int
+
+
+@dataclass(frozen=True)
+class DownloadProgress:
+    """How much is here by now. The rate is that of the last seconds, None until it can be told."""
+
+    done_bytes: int
+    total_bytes: int
+    files_done: int
+    files: int
+    bytes_per_s: float | None
+    left_s: float | None
+
+
+@dataclass(frozen=True)
+class DownloadEnded:
+    """All files are in `folder` and are what the Hub promises."""
+
+    model: str
+    commit: str
+    folder: Path
+    files: int
+    total_bytes: int
+    fetched_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True)
 class EngineStarted:
     """The engine's leader runs as `pid`; what it prints goes to `log`."""
 
@@ -70,7 +123,12 @@ class EngineStopped:
 
 
 Event = (
-    EngineStarted
+    CheckingFiles
+    | FileDamaged
+    | DownloadBegan
+    | DownloadProgress
+    | DownloadEnded
+    | EngineStarted
     | PhaseBegan
     | PhaseProgress
     | EngineReady

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from gemma_serve.adapters.chat_template import own_chat_template, refuses_system_role
 from gemma_serve.adapters.checkpoint import read_checkpoint
+from gemma_serve.adapters.hub.cache import cached_snapshot
 from gemma_serve.adapters.package_data import data_path, load_catalogue
 from gemma_serve.errors import Problem
 from gemma_serve.planning.config import ServeConfig
@@ -14,6 +16,7 @@ from gemma_serve.planning.launch import ModelSource
 from gemma_serve.planning.model.catalogue import CatalogueEntry, nearest_model
 from gemma_serve.planning.model.facts import FactsReading, ModelFacts, facts_from_config
 from gemma_serve.planning.smoke import DEMO_MODEL
+from gemma_serve.usecases.local_files import find_cached
 
 
 def find_model_facts(
@@ -32,26 +35,6 @@ def find_model_facts(
     else:
         reading = _by_name(model, revision, cache_dir)
     return _unknown_to_all(model, reading)
-
-
-def access_problems(config: ServeConfig) -> tuple[Problem, ...]:
-    """What stands against downloading the model; nothing where it is cached."""
-    from gemma_serve.adapters.hub import is_offline, read_hub
-
-    if _cached(config) is not None:
-        return ()
-    if is_offline():
-        return (_missing_offline(config.model),)
-    return read_hub(config.model, config.revision, headers=False).problems
-
-
-def _missing_offline(model: str) -> Problem:
-    return Problem(
-        "hub.offline_missing",
-        f"HF_HUB_OFFLINE is set, and the local cache does not hold {model}",
-        hint=f"unset HF_HUB_OFFLINE, run `hf download {model}` where there is a network, or give "
-        "the model's folder with `--model DIR`",
-    )
 
 
 def as_folder(model: str) -> Path | None:
@@ -76,14 +59,15 @@ def _by_name(model: str, revision: str | None, cache_dir: Path | None) -> FactsR
         return cached
     if entry is not None and revision is None:
         return _from_catalogue(entry)
-    from gemma_serve.adapters.hub import is_offline, offline_problem, read_hub
+    from gemma_serve.adapters.hub.client import is_offline
+    from gemma_serve.adapters.hub.facts import offline_problem, read_hub
 
     if is_offline():
         reading = FactsReading(problems=(offline_problem(),))
     else:
         reading = read_hub(model, revision)
     if any(problem.blocking for problem in reading.problems):
-        return _with_suggestion(model, reading)
+        return replace(reading, problems=with_suggestion(model, reading.problems))
     if reading.facts is None and entry is not None:
         return _from_catalogue(entry).adding(*reading.problems)
     return _with_entry(reading, entry)
@@ -99,8 +83,6 @@ def _from_cache(
     model: str, revision: str | None, cache_dir: Path | None, entry: CatalogueEntry | None
 ) -> FactsReading | None:
     """The snapshot that a download left, if it is whole; half of one will still be completed."""
-    from gemma_serve.adapters.hub import cached_snapshot
-
     snapshot = cached_snapshot(model, revision, cache_dir)
     if snapshot is None:
         return None
@@ -116,15 +98,15 @@ def _with_entry(reading: FactsReading, entry: CatalogueEntry | None) -> FactsRea
     return replace(reading, facts=replace(reading.facts, entry=entry))
 
 
-def _with_suggestion(model: str, reading: FactsReading) -> FactsReading:
+def with_suggestion(model: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """The `problems`, with the nearest known Gemma as the way out of a name that isn't known."""
     near = _nearest(model)
     if near is None or near == model:
-        return reading
-    problems = tuple(
-        replace(p, hint=f"did you mean `--model {near}`?") if p.code == "model.not_found" else p
-        for p in reading.problems
+        return tuple(problems)
+    return tuple(
+        replace(p, hint=f"did you mean `--model {near}`?") if p.code == "hub.not_found" else p
+        for p in problems
     )
-    return replace(reading, problems=problems)
 
 
 def _unknown_to_all(model: str, reading: FactsReading) -> FactsReading:
@@ -167,11 +149,15 @@ def _nearest(model: str) -> str | None:
 def find_model(config: ServeConfig) -> ModelSource:
     """Where the model is loaded from, its name for clients, and the chat template it needs."""
     folder = as_folder(config.model)
-    if folder is None:
-        location, name, files = config.model, config.model, _cached(config)
-    else:
-        location, files = str(folder), folder
+    commit: str | None = None
+    files = folder
+    if folder is not None:
         name = DEMO_MODEL if config.model == DEMO_MODEL else folder.resolve().name
+    else:
+        name = config.model
+        cached = find_cached(config.model, config.revision, config.download_dir)
+        if cached is not None:
+            files, commit = cached.folder, cached.commit
     entry = catalogue_entry(config.model)
     refuses, has_chat = False, True
     if files is not None:
@@ -181,21 +167,12 @@ def find_model(config: ServeConfig) -> ModelSource:
     elif entry is not None:
         refuses, has_chat = entry.system_role == "refused" and entry.chat, entry.chat
     return ModelSource(
-        location,
+        config.model if files is None else str(files),
         config.served_model_name or name,
-        is_local=folder is not None,
+        is_local=files is not None,
         chat_template=data_path("chat_templates", "system-in-first-turn.jinja")
         if refuses
         else None,
         has_chat=has_chat,
+        commit=commit,
     )
-
-
-def _cached(config: ServeConfig) -> Path | None:
-    """The Hub's cached snapshot, if it has come as far as the tokenizer's files."""
-    from gemma_serve.adapters.hub import cached_snapshot
-
-    snapshot = cached_snapshot(config.model, config.revision, config.download_dir)
-    if snapshot is None or not (snapshot / "tokenizer_config.json").exists():
-        return None
-    return snapshot

@@ -22,7 +22,7 @@ from gemma_serve.usecases.check_gpu import (
 )
 from gemma_serve.usecases.configure import read_layers
 from gemma_serve.usecases.fit import planned_values
-from gemma_serve.usecases.model_facts import access_problems, find_model, find_model_facts
+from gemma_serve.usecases.model_facts import find_model, find_model_facts
 from gemma_serve.usecases.target import (
     PlanFor,
     cpu_defaults,
@@ -100,16 +100,6 @@ def make_plan(
     decided = _decide(resolved, engine, environ, wanted)
     found = (_for_up(problem, force=force) for problem in decided.problems)
     return replace(decided, problems=(*warnings, *missing, *found))
-
-
-def check_before_start(plan: ServePlan) -> tuple[Problem, ...]:
-    """The plan's problems, and what only matters at the moment of starting: port and access."""
-    port = host.port_problem(plan.config.host, plan.config.port)
-    facts = plan.report.fit.facts if plan.report.fit else None
-    asked = facts is not None and facts.source != "catalogue"
-    needless = asked or plan.model.is_local or not plan.ok
-    access = () if needless else access_problems(plan.config)
-    return (*plan.problems, *access, *([port] if port else []))
 
 
 def _detected(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -292,22 +291,7 @@ class _Run:
 
     def _watch_during(self, work: Callable[[], T]) -> T:
         """Do `work` in a thread, and meanwhile read the log and heed signals and death."""
-        done: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:  # whatever it is, the main loop raises it
-                done.set_exception(error)
-            self.inbox.wake()
-
-        # Not from a pool: a request that hangs must not keep the program from ending.
-        threading.Thread(target=run, daemon=True).start()
-        while not done.done():
-            self._look()
-            self.inbox.wait(_TICK_S)
-        self._look()
-        return done.result()
+        return self.inbox.during(work, self._look, _TICK_S)
 
     def _look(self) -> None:
         """Take in what has happened; raise if it is the end."""

@@ -9,8 +9,8 @@ from gemma_serve.planning.memory.alternatives import Alternative
 from gemma_serve.planning.memory.fit import Fit, MemoryBudget
 from gemma_serve.planning.model.facts import ModelFacts, Source
 from gemma_serve.planning.model.weights import ModelWeights
+from gemma_serve.planning.sizes import gib
 from gemma_serve.usecases.fit import FitReport
-from gemma_serve.view.output import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

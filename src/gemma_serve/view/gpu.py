@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gemma_serve.planning.hardware.gpus import Gpu, GpuProcess
+from gemma_serve.planning.sizes import gib
 from gemma_serve.usecases.check_gpu import GpuReport
 from gemma_serve.view.fit import fit_data, fit_text
-from gemma_serve.view.output import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

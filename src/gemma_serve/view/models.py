@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gemma_serve.planning.memory.fit import Fit
+from gemma_serve.planning.sizes import gib
 from gemma_serve.usecases.models import KnownModel, ModelsReport
 from gemma_serve.view.fit import count
-from gemma_serve.view.output import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

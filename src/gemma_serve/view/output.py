@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem
 
 if TYPE_CHECKING:
@@ -24,7 +25,14 @@ def envelope(
         "command": command,
         "ok": ok,
         "data": dict(data),
-        "problems": [{"code": p.code, "message": p.message, "hint": p.hint} for p in problems],
+        "problems": [
+            {
+                "code": p.code,
+                "message": without_secrets(p.message),
+                "hint": without_secrets(p.hint),
+            }
+            for p in problems
+        ],
     }
 
 
@@ -79,15 +87,10 @@ def show_problem(problem: Problem) -> None:
     console = err_console()
     label, style = ("error", "bold red") if problem.blocking else ("warning", "bold yellow")
     console.print(f"[{style}]{label}:[/] ", end="", highlight=False)
-    console.print(problem.message, markup=False, highlight=False, soft_wrap=True)
+    console.print(without_secrets(problem.message), markup=False, highlight=False, soft_wrap=True)
     if problem.hint:
         console.print("[bold cyan]hint:[/] ", end="", highlight=False)
-        console.print(problem.hint, markup=False, highlight=False, soft_wrap=True)
-
-
-def gib(size_bytes: int) -> str:
-    """A size for people: `18253611008` is "17.00 GiB"."""
-    return f"{size_bytes / 2**30:.2f} GiB"
+        console.print(without_secrets(problem.hint), markup=False, highlight=False, soft_wrap=True)
 
 
 def out_console() -> Console:

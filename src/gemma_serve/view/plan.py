@@ -19,6 +19,7 @@ def plan_data(plan: ServePlan) -> dict[str, Any]:
     return {
         "url": client_url(plan.config.host, plan.config.port),
         "served_model_name": plan.model.served_name,
+        "commit": plan.model.commit,
         "config": plan.config.model_dump(mode="json"),
         "sources": dict(plan.sources),
         "engine": {

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gemma_serve.errors import Problem
 from gemma_serve.planning.smoke import CheckResult, SmokeReport
+from gemma_serve.usecases.check import CheckReport
 from gemma_serve.usecases.events import (
+    CheckingFiles,
+    DownloadBegan,
+    DownloadEnded,
+    DownloadProgress,
     EngineReady,
     EngineStarted,
     EngineStopped,
     Event,
+    FileDamaged,
     Noticed,
     PhaseBegan,
     PhaseProgress,
@@ -24,6 +29,7 @@ from gemma_serve.usecases.events import (
 )
 from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.up import UpResult
+from gemma_serve.view.download import DownloadView
 from gemma_serve.view.output import Output, err_console
 from gemma_serve.view.smoke import check_data, check_view, smoke_data, smoke_problems, verdict_line
 
@@ -31,6 +37,11 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 _EVENT_NAMES: dict[type, str] = {
+    CheckingFiles: "checking_files",
+    FileDamaged: "file_damaged",
+    DownloadBegan: "download_began",
+    DownloadProgress: "download_progress",
+    DownloadEnded: "download_ended",
     EngineStarted: "engine_started",
     PhaseBegan: "phase_began",
     PhaseProgress: "phase_progress",
@@ -46,17 +57,14 @@ _EVENT_NAMES: dict[type, str] = {
 class UpView:
     """Shows one run of `up`. A context manager, so that a spinner never outlives it."""
 
-    def __init__(self, plan: ServePlan, *, as_json: bool) -> None:
-        self._plan = plan
+    def __init__(self, *, as_json: bool) -> None:
         self._output = Output(as_json=as_json)
+        self._download = DownloadView(self._output)
         self._problems: tuple[Problem, ...] = ()
         self._status: Status | None = None
+        self._key_source: str | None = None
 
     def __enter__(self) -> UpView:
-        console = err_console()
-        if console.is_terminal and not self._output.as_json:
-            self._status = console.status("starting")
-            self._status.start()
         return self
 
     def __exit__(
@@ -65,6 +73,7 @@ class UpView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._download.end()
         self._end_status()
 
     def _end_status(self) -> None:
@@ -72,24 +81,35 @@ class UpView:
             self._status.stop()
             self._status = None
 
-    def checked(self, problems: Sequence[Problem]) -> None:
+    def checked(self, report: CheckReport) -> None:
         """What was decided and what the checks found, before anything starts."""
-        plan = self._plan
-        engine = plan.engine
-        for note in plan.notes:
+        for note in report.plan.notes:
             self._output.note(f"note: {note}")
-        self._problems = tuple(p for p in problems if not p.blocking)
+        self._problems = tuple(p for p in report.problems if not p.blocking)
         if not self._output.as_json:
             self._output.problems(self._problems)
+
+    def starting(self, plan: ServePlan) -> None:
+        """The model is here, and the engine comes next."""
+        self._download.end()
+        self._key_source = plan.launch.secrets.get("VLLM_API_KEY")
+        engine = plan.engine
         where = ", ".join(f"GPU {gpu.index} ({gpu.name})" for gpu in plan.gpus) or "the CPU"
         built = f"{engine.distribution or 'vLLM'} {engine.version or ''}".strip()
-        if not any(problem.blocking for problem in problems):
-            self._output.note(f"starting {plan.config.model} on {where} with {built}")
+        commit = f" at {plan.model.commit[:12]}" if plan.model.commit else ""
+        self._output.note(f"starting {plan.config.model}{commit} on {where} with {built}")
+        console = err_console()
+        if console.is_terminal and not self._output.as_json:
+            self._status = console.status("starting")
+            self._status.start()
 
     def on_event(self, event: Event) -> None:
         """Show one event as it happens."""
         if self._output.as_json:
-            self._output.json_line(event_data(event))
+            if self._download.is_due(event):
+                self._output.json_line(event_data(event))
+        elif self._download.shows(event):
+            return
         elif isinstance(event, PhaseBegan):
             self._output.note(f"{event.at_s:7.1f} s  {event.phase}")
             self._spin(event.phase)
@@ -107,7 +127,7 @@ class UpView:
             self._output.note(f"engine's pid {event.pid}, its log {event.log}")
         elif isinstance(event, EngineReady):
             self._end_status()
-            self._output.data(_ready_text(event, self._plan))
+            self._output.data(_ready_text(event, self._key_source))
         elif isinstance(event, CheckResult):
             self._output.data(check_view(event))
         elif isinstance(event, SmokeReport):
@@ -153,11 +173,11 @@ def result_data(result: UpResult) -> dict[str, Any]:
     }
 
 
-def _ready_text(event: EngineReady, plan: ServePlan) -> str:
+def _ready_text(event: EngineReady, key_source: str | None) -> str:
     lines = [
         f"ready after {event.ready_s:.1f} s: {event.served_model_name} at {event.url}/v1",
         "",
-        curl_line(event, key_source=plan.launch.secrets.get("VLLM_API_KEY")),
+        curl_line(event, key_source=key_source),
         "",
     ]
     return "\n".join(lines)

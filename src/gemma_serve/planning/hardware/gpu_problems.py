@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from gemma_serve.errors import Problem
 from gemma_serve.planning.hardware.gpus import Gpu, GpuProcess, list_gpus, name_gpus
+from gemma_serve.planning.sizes import gib
 
 # vLLM measures after its CUDA context exists: on an idle H200 it finds 139.29 of 139.8 GiB.
 CONTEXT_BYTES = 600 * 2**20
@@ -108,15 +109,15 @@ def _busy_gpus(
 
 def _busy(gpu: Gpu, requested: int, utilization: float, advice: float | None) -> Problem | None:
     wants = (
-        f"GPU {gpu.index} has {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free, and vLLM "
-        f"wants {_gib(requested)} of it (--gpu-memory-utilization {utilization:g})"
+        f"GPU {gpu.index} has {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free, and vLLM "
+        f"wants {gib(requested)} of it (--gpu-memory-utilization {utilization:g})"
     )
     if gpu.free_bytes < requested:
         message = f"{wants}; {_holders(gpu)}"
         return Problem("gpu.busy", message, _way_out(gpu, advice))
     if gpu.free_bytes - CONTEXT_BYTES < requested:
         message = (
-            f"{wants}, which leaves less than the {_gib(CONTEXT_BYTES)} that "
+            f"{wants}, which leaves less than the {gib(CONTEXT_BYTES)} that "
             "vLLM may need before it measures"
         )
         hint = f"if it doesn't start, say `--gpu-memory-utilization {advice:g}`" if advice else ""
@@ -135,13 +136,13 @@ def _workable_utilization(gpu: Gpu) -> float:
 
 def _holders(gpu: Gpu) -> str:
     held = [
-        f"{p.name} (pid {p.pid}, {'size unknown' if p.used_bytes is None else _gib(p.used_bytes)})"
+        f"{p.name} (pid {p.pid}, {'size unknown' if p.used_bytes is None else gib(p.used_bytes)})"
         for p in sorted(gpu.processes, key=lambda p: (-(p.used_bytes or 0), p.pid))
     ]
     unseen = gpu.used_bytes - sum(p.used_bytes or 0 for p in gpu.processes)
     sizes_known = all(p.used_bytes is not None for p in gpu.processes)
     if sizes_known and unseen > _UNSEEN_BYTES:
-        held.append(f"processes that can't be seen from here ({_gib(unseen)})")
+        held.append(f"processes that can't be seen from here ({gib(unseen)})")
     return f"it is held by {' and '.join(held)}" if held else "nobody is seen to hold the rest"
 
 
@@ -188,7 +189,3 @@ def _no_bf16(chosen: Sequence[Gpu], dtype: str, engine_dtype: str | None) -> Pro
 
 def _power_of_two_within(count: int) -> int:
     return 1 << (count.bit_length() - 1) if count > 0 else 1
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"

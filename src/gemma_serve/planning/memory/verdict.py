@@ -23,6 +23,7 @@ from gemma_serve.planning.memory.request import Machine, Wishes
 from gemma_serve.planning.memory.tensor_parallel import illegal_tensor_parallel_reason
 from gemma_serve.planning.model.dtypes import REFUSES_FLOAT16, choose_dtype
 from gemma_serve.planning.model.facts import ModelFacts
+from gemma_serve.planning.sizes import gib
 
 # Turing: CUDA 13, for which vLLM's wheels are built, has dropped what is older.
 _OLDEST_CAPABILITY = (7, 5)
@@ -248,25 +249,25 @@ def _does_not_fit(facts: ModelFacts, wishes: Wishes, fit: Fit, device: DeviceMem
     of_each = memory.weights_bytes + memory.activation_bytes + fixed
     needed = memory.runtime_bytes + ranks * of_each
     parts = (
-        f"weights {_gib(memory.weights_bytes)}, runtime {_gib(memory.runtime_bytes)}, "
-        f"activations {_gib(memory.activation_bytes)}"
+        f"weights {gib(memory.weights_bytes)}, runtime {gib(memory.runtime_bytes)}, "
+        f"activations {gib(memory.activation_bytes)}"
     )
-    of = f"of {_gib(room)}{_share(fit, device)}"
+    of = f"of {gib(room)}{_share(fit, device)}"
     if fit.capacity is not None and fit.capacity.fits and needed <= room and device.kind == "cuda":
         return replace(_spills(fit, device), code="plan.does_not_fit", blocking=True)
     if fit.kv_cache is None or needed >= room:
-        cache = f", KV cache {_gib(fixed)}" if fixed else ""
+        cache = f", KV cache {gib(fixed)}" if fixed else ""
         cache += f" for each of {ranks} ranks" if ranks > 1 else ""
         return Problem(
             "plan.does_not_fit",
-            f"{facts.model} does not fit {_where(device, fit)}: it takes {_gib(needed)} "
+            f"{facts.model} does not fit {_where(device, fit)}: it takes {gib(needed)} "
             f"({parts}{cache}) {of}",
         )
     longest = fit.longest_model_len
     return Problem(
         "plan.does_not_fit",
         f"one request of {fit.settings.max_model_len} tokens needs "
-        f"{_gib(fit.kv_cache.smallest_memory)} of KV cache, and {_gib(memory.kv_cache_bytes)} is "
+        f"{gib(fit.kv_cache.smallest_memory)} of KV cache, and {gib(memory.kv_cache_bytes)} is "
         f"left for it on {_where(device, fit)} ({parts}, {of})",
         f"say `--max-model-len {longest}`" if longest else "",
     )
@@ -297,7 +298,7 @@ def _tight(wishes: Wishes, fit: Fit) -> Problem:
     sure = fit.longest_model_len
     return Problem(
         "plan.tight",
-        f"it fits by less than the estimate may be wrong ({_gib(fit.memory.margin_bytes)})",
+        f"it fits by less than the estimate may be wrong ({gib(fit.memory.margin_bytes)})",
         f"`--max-model-len {sure}` is sure to fit" if sure else "",
         blocking=False,
     )
@@ -308,8 +309,8 @@ def _spills(fit: Fit, device: DeviceMemory) -> Problem:
     left = max(0, device.total_bytes - fit.memory.requested_bytes)
     return Problem(
         "plan.little_left",
-        f"beside its {_gib(fit.memory.requested_bytes)} of {_where(device, fit)} the engine takes "
-        f"about {_gib(fit.beside_bytes)}, and {_gib(left)} are left",
+        f"beside its {gib(fit.memory.requested_bytes)} of {_where(device, fit)} the engine takes "
+        f"about {gib(fit.beside_bytes)}, and {gib(left)} are left",
         f"say `--gpu-memory-utilization {fit.largest_share:g}`"
         if not fit.settings.fixes_kv_cache
         else "give the KV cache less",
@@ -334,7 +335,3 @@ def _soften(problem: Problem) -> Problem:
 def _sentence(text: str) -> str:
     """A sentence of its own as the end of another."""
     return text[:1].lower() + text[1:].rstrip(".")
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,170 @@
+"""Whether the files of a model are what they should be, and what was checked before.
+
+A checksum costs a reading of the whole file. What was found is kept beside the model in a small
+file, with the size and the times of each file, so that only what has changed is read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gemma_serve.planning.model.repo_files import RepoFile, is_inside
+
+_CHUNK = 4 * 2**20
+_SHA256_DIGITS = 64
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """A file whose content had `checksum` when it had this size and these times (nanoseconds)."""
+
+    size_bytes: int
+    checksum: str | None
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a model's folder, written when it was all right.
+
+    `complete` is whether the Hub said that these are all the files, False where nobody could ask.
+    """
+
+    model: str
+    commit: str
+    files: Mapping[str, CheckedFile] = field(default_factory=dict)
+    complete: bool = True
+
+    @property
+    def listing(self) -> tuple[RepoFile, ...]:
+        """The files as a repository lists them."""
+        return tuple(RepoFile(n, f.size_bytes, f.checksum) for n, f in self.files.items())
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What became of one file: `whole`, `missing` or `damaged`, and then how."""
+
+    file: RepoFile
+    state: Literal["whole", "missing", "damaged"]
+    found: str = ""
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where the manifest of a model's folder is: beside the snapshots of a cache, else inside."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent / "gemma-serve" / f"{folder.name}.json"
+    return folder / ".gemma-serve.json"
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of `folder`, if it has one that can be read."""
+    try:
+        content = json.loads(manifest_path(folder).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            return None
+        files = {str(name): CheckedFile(**entry) for name, entry in content["files"].items()}
+        if not all(map(is_inside, files)):
+            return None
+        complete = content["complete"] is True
+        return Manifest(str(content["model"]), str(content["commit"]), files, complete)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+
+
+def write_manifest(
+    folder: Path, model: str, commit: str, files: Sequence[RepoFile], *, complete: bool = True
+) -> bool:
+    """Note that all `files` of `folder` were checked now; False where it can't be written."""
+    checked = {file.name: _stamp(folder / file.name, file.checksum) for file in files}
+    manifest = Manifest(model, commit, checked, complete)
+    path = manifest_path(folder)
+    text = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".manifest-")
+    except OSError:
+        return False  # a cache that is read only: the files will be read again
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except OSError:
+        with suppress(OSError):
+            Path(name).unlink()
+        return False
+    return True
+
+
+def check_file(
+    folder: Path,
+    file: RepoFile,
+    checked: CheckedFile | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> FileState:
+    """Compare a file with its size and its checksum; read it only if it changed since `checked`.
+
+    `on_bytes` is told how many bytes were read, as they are.
+    """
+    path = folder / file.name
+    try:
+        size = path.stat().st_size
+        if size != file.size_bytes:
+            return FileState(file, "damaged", f"{size:,} bytes instead of {file.size_bytes:,}")
+        if file.checksum is None or checked == _stamp(path, file.checksum):
+            return FileState(file, "whole")
+        found = content_checksum(path, len(file.checksum), on_bytes)
+    except FileNotFoundError:
+        return FileState(file, "missing")
+    except OSError as error:
+        return FileState(file, "damaged", f"it can't be read: {error.strerror}")
+    if found != file.checksum:
+        return FileState(file, "damaged", "its checksum is not the one that the Hub promises")
+    return FileState(file, "whole")
+
+
+def is_unchanged(folder: Path, manifest: Manifest) -> bool:
+    """Whether every file of the manifest is there with the size and the times that it had."""
+    try:
+        return all(
+            _stamp(folder / name, known.checksum) == known for name, known in manifest.files.items()
+        )
+    except OSError:
+        return False
+
+
+def content_checksum(
+    path: Path, digits: int = _SHA256_DIGITS, on_bytes: Callable[[int], None] | None = None
+) -> str:
+    """The SHA-256 of a file (64 digits), or git's SHA-1 of it as a blob (40 digits).
+
+    Git's has the kind and the length in front:
+    https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
+    """
+    with path.open("rb") as stream:
+        if digits == _SHA256_DIGITS:
+            digest = hashlib.sha256()
+        else:
+            digest = hashlib.sha1(usedforsecurity=False)
+            digest.update(b"blob %d\0" % os.fstat(stream.fileno()).st_size)
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
+    return digest.hexdigest()
+
+
+def _stamp(path: Path, checksum: str | None) -> CheckedFile:
+    stat = path.stat()
+    return CheckedFile(stat.st_size, checksum, stat.st_mtime_ns, stat.st_ctime_ns)

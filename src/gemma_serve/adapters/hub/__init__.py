@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: what it knows of a model, who may read it, and its files."""

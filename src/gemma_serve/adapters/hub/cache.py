@@ -1,0 +1,120 @@
+"""The Hub client's local cache: which snapshots it holds, and where their files lie.
+
+Its layout is the client's: `models--ORG--NAME/` with `refs/REVISION` (a commit), `blobs/CHECKSUM`,
+and `snapshots/COMMIT/`, whose files are links to blobs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_serve.adapters.hub.client import cache_folder
+from gemma_serve.planning.model.repo_files import RepoFile
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class CachedRepo:
+    """The folder of one model in the local cache; it need not exist."""
+
+    model: str
+    folder: Path
+
+    def snapshot(self, commit: str) -> Path:
+        """The folder of the files at `commit`."""
+        return self.folder / "snapshots" / commit
+
+    def blob(self, checksum: str) -> Path:
+        """The file with the content of this checksum."""
+        return self.folder / "blobs" / checksum
+
+    def lock(self, checksum: str) -> Path:
+        """The file that the client locks while it writes a blob."""
+        return self.folder.parent / ".locks" / self.folder.name / f"{checksum}.lock"
+
+    def commit(self, revision: str | None) -> str | None:
+        """The commit that `revision` was when it was last asked for; None where it never was."""
+        revision = revision or "main"
+        if _COMMIT.fullmatch(revision):
+            return revision
+        try:
+            found = (self.folder / "refs" / revision).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return None
+        return found if _COMMIT.fullmatch(found) else None
+
+
+def cached_repo(model: str, cache_dir: Path | None = None) -> CachedRepo:
+    """Where the cache keeps, or would keep, the model."""
+    return CachedRepo(model, cache_folder(cache_dir) / f"models--{model.replace('/', '--')}")
+
+
+def cached_snapshot(model: str, revision: str | None, cache_dir: Path | None = None) -> Path | None:
+    """The folder of the local cache that holds the model's config.json, if any does."""
+    repo = cached_repo(model, cache_dir)
+    commit = repo.commit(revision)
+    if commit is None or not (repo.snapshot(commit) / "config.json").is_file():
+        return None
+    return repo.snapshot(commit)
+
+
+def remember_revision(repo: CachedRepo, revision: str | None, commit: str) -> None:
+    """Note that `revision` is `commit`, as the client does, so that it is found without the Hub.
+
+    Written whole, and only when every file is there: until then the former commit stays good.
+    """
+    revision = revision or "main"
+    if revision == commit or repo.commit(revision) == commit:
+        return
+    ref = repo.folder / "refs" / revision
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=ref.parent.parent, prefix=".ref-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(commit)
+        Path(name).chmod(0o644)
+        Path(name).replace(ref)
+    except OSError:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def promised_checksum(file: Path) -> str | None:
+    """What the cache says is in a file of a snapshot: its blob's name; None where it says nothing.
+
+    Only the first link is followed: a blob may itself be a link into a store that is shared.
+    """
+    try:
+        name = file.readlink().name
+    except OSError:
+        return None
+    return name if _CHECKSUM.fullmatch(name) else None
+
+
+def files_of_snapshot(snapshot: Path) -> tuple[RepoFile, ...]:
+    """The files in a snapshot with what their blobs' names promise. Broken links are left out."""
+    found = []
+    for path in sorted(snapshot.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(snapshot).as_posix()
+            found.append(RepoFile(name, path.stat().st_size, promised_checksum(path)))
+    return tuple(found)
+
+
+def forget_file(snapshot: Path, name: str) -> None:
+    """Remove a damaged file: the link in the snapshot, and the blob that it leads to."""
+    link = snapshot / name
+    blob = Path(os.path.normpath(link.parent / link.readlink())) if link.is_symlink() else None
+    link.unlink(missing_ok=True)
+    if blob is not None:
+        # A shared store keeps what others may use; the link to it goes.
+        with suppress(FileNotFoundError):
+            blob.unlink()

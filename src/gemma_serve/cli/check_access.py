@@ -1,0 +1,31 @@
+"""`gemma-serve check-access`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gemma_serve.cli.options import AsJson, ConfigFile, with_settings
+from gemma_serve.errors import EXIT_NO, EXIT_OK
+
+
+@with_settings("model", "revision", "download_dir")
+def check_access(
+    *, flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False
+) -> int:
+    """Ask whether a model may be downloaded, and has room."""
+    from gemma_serve.usecases.access import check_access as ask
+    from gemma_serve.usecases.configure import read_named_model
+    from gemma_serve.view.access import access_data, access_text
+    from gemma_serve.view.output import Output
+
+    settings, warnings = read_named_model(flags, os.environ, config)
+    report = ask(settings.model, settings.revision, cache_dir=settings.download_dir)
+    Output(as_json=as_json).result(
+        "check-access",
+        ok=report.ok,
+        data=access_data(report),
+        problems=(*warnings, *report.problems),
+        text=access_text(report),
+    )
+    return EXIT_OK if report.ok else EXIT_NO

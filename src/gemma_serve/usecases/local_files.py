@@ -1,0 +1,123 @@
+"""The files of a model on this disk: are they all there, and are they what they should be?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_serve.adapters.checkpoint import read_checkpoint
+from gemma_serve.adapters.checksums import (
+    FileState,
+    Manifest,
+    check_file,
+    is_unchanged,
+    read_manifest,
+)
+from gemma_serve.adapters.hub.cache import cached_repo, cached_snapshot, files_of_snapshot
+from gemma_serve.errors import Problem
+from gemma_serve.planning.model.repo_files import RepoFile
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# Hashing is done by C code that lets other threads run.
+_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """A model in a folder of this disk that could be served, as far as a glance can tell.
+
+    `manifest` is what we noted when it was whole, None where somebody else brought the files.
+    """
+
+    folder: Path
+    commit: str | None
+    manifest: Manifest | None
+
+    @property
+    def is_known_whole(self) -> bool:
+        """Whether it was checked to the last byte, and nothing has changed since."""
+        known = self.manifest
+        return known is not None and known.complete and is_unchanged(self.folder, known)
+
+    @property
+    def listing(self) -> tuple[RepoFile, ...]:
+        """The files and what should be in them, by the manifest or by the cache's own names."""
+        if self.manifest is not None:
+            return self.manifest.listing
+        return files_of_snapshot(self.folder)
+
+
+def find_cached(
+    model: str, revision: str | None = None, cache_dir: Path | None = None
+) -> LocalFiles | None:
+    """The model in the local cache, if config, tokenizer and all weights seem to be there."""
+    snapshot = cached_snapshot(model, revision, cache_dir)
+    if snapshot is None or not _can_be_served(snapshot):
+        return None
+    manifest = read_manifest(snapshot)
+    if manifest is not None and not all((snapshot / n).is_file() for n in manifest.files):
+        return None
+    return LocalFiles(snapshot, snapshot.name, manifest)
+
+
+def problems_of_cached(
+    model: str, revision: str | None = None, cache_dir: Path | None = None
+) -> tuple[Problem, ...]:
+    """What keeps a snapshot that is in the cache from being served."""
+    snapshot = cached_snapshot(model, revision, cache_dir)
+    if snapshot is None:
+        return ()
+    return tuple(p for p in read_checkpoint(snapshot).problems if p.blocking)
+
+
+def cached_bytes(
+    model: str, commit: str, files: Sequence[RepoFile], cache_dir: Path | None = None
+) -> dict[str, int]:
+    """How much of each file the cache has, whole or begun; by size, nothing is read."""
+    repo = cached_repo(model, cache_dir)
+    return {
+        file.name: _bytes_here(file, _places(repo.snapshot(commit), repo.folder, file))
+        for file in files
+    }
+
+
+def check_files(
+    folder: Path,
+    files: Iterable[RepoFile],
+    manifest: Manifest | None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[FileState, ...]:
+    """Compare each file with its size and checksum, several at once; what was checked is not read.
+
+    `on_bytes` is told from several threads how much was read.
+    """
+    known = {} if manifest is None else manifest.files
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="checksum") as pool:
+        states = pool.map(lambda f: check_file(folder, f, known.get(f.name), on_bytes), files)
+        return tuple(states)
+
+
+def _can_be_served(folder: Path) -> bool:
+    reading = read_checkpoint(folder)
+    if reading.facts is None or any(problem.blocking for problem in reading.problems):
+        return False
+    return any((folder / name).is_file() for name in _TOKENIZERS)
+
+
+def _places(snapshot: Path, repo: Path, file: RepoFile) -> Sequence[Path]:
+    blob = repo / "blobs" / (file.checksum or file.name)
+    return (snapshot / file.name, blob, blob.with_name(f"{blob.name}.incomplete"))
+
+
+def _bytes_here(file: RepoFile, places: Sequence[Path]) -> int:
+    """The size of the first that is there; one of another size counts for nothing but the last."""
+    for path in places:
+        try:
+            size = path.stat().st_size
+        except OSError:
+            continue
+        if size == file.size_bytes or path == places[-1]:
+            return min(size, file.size_bytes)
+    return 0
