@@ -282,7 +282,12 @@ def test_a_model_that_is_not_there(check: Check, hub: LocalHub) -> None:
 @pytest.mark.parametrize("typed", ["google/gemma-7b-its", "gemma-7b-it", "Google/Gemma-7B-it"])
 def test_a_typo_gets_the_nearest_gemma(check: Check, typed: str, token: str | None) -> None:
     [problem] = check(typed, token=token).problems
-    assert (problem.code, problem.hint) == ("hub.not_found", f"did you mean `--model {GATED}`?")
+    private = "" if token else "; if it is private, run `hf auth login` or set HF_TOKEN"
+    assert (problem.code, problem.hint) == (
+        "hub.not_found",
+        f"did you mean `--model {GATED}`? If not: check the spelling: `gemma-serve models` lists "
+        f"the public Gemmas{private}",
+    )
 
 
 def test_a_name_that_no_hub_could_have(check: Check, hub: LocalHub) -> None:
@@ -415,13 +420,39 @@ def test_an_answer_that_breaks_off(check: Check, hub: LocalHub, stage: str) -> N
     assert codes(check(OPEN)) == ["hub.unreachable"]
 
 
-@pytest.mark.parametrize("status", [429, 500, 403])
+@pytest.mark.parametrize("status", [429, 500, 403, 401])
 def test_who_somebody_is_need_not_be_known(
     check: Check, hub: LocalHub, tmp_path: Path, status: int
 ) -> None:
     hub.refuses = {"whoami-v2": Refusal(status)}
     wanted = expected(hub, tmp_path, token=Token("HF_TOKEN", valid=None), allowed=True)
     assert check(token=ALICE) == wanted
+
+
+@pytest.mark.parametrize("token", [ALICE, NARROW])
+def test_a_model_that_is_not_gated_is_forbidden_whatever_its_name(
+    check: Check, hub: LocalHub, token: str
+) -> None:
+    model = "google/fine-grained-gated"
+    hub.repos = {model: Repo(FILES)}
+    hub.refuses = dict.fromkeys(("auth-check", "config.json"), Refusal(403))
+    report = check(model, token=token)
+    assert (codes(report), report.allowed) == (["hub.forbidden"], False)
+
+
+def test_two_answers_that_are_no_are_both_told(check: Check, hub: LocalHub) -> None:
+    hub.refuses = {"api": Refusal(429)}
+    report = check(token=BOB)
+    assert codes(report) == ["hub.rate_limited", "hub.licence_not_accepted"]
+    assert (report.reached, report.allowed, report.repository) == (True, False, None)
+
+
+def test_a_proxy_that_wants_a_password_is_not_the_hub(check: Check, hub: LocalHub) -> None:
+    hub.faults = [Refuse(refusal=Refusal(407))]
+    report = check(token=ALICE)
+    assert (report.reached, report.allowed, codes(report)) == (False, None, ["hub.unreachable"])
+    assert "HTTP 407" in report.problems[0].message
+    assert report.token == Token("HF_TOKEN", valid=None)
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
@@ -539,6 +570,46 @@ def test_the_margin_is_kept_free(
 ) -> None:
     monkeypatch.setattr(host, "free_disk_bytes", lambda _: NEEDED_BYTES + 256 * MIB + spare)
     assert codes(check(OPEN)) == told
+
+
+def test_what_was_begun_in_a_folder_takes_no_more_room(
+    check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    to = tmp_path / "model"
+    to.mkdir()
+    (to / ".model.safetensors.incomplete").write_bytes(WEIGHTS[:500])
+    (to / "tokenizer.json").write_bytes(TOKENIZER)
+    room = NEEDED_BYTES - 500 - len(TOKENIZER) + 256 * MIB
+    for free, told in ((room, []), (room - 1, ["hub.disk_full"])):
+        monkeypatch.setattr(host, "free_disk_bytes", lambda _, free=free: free)
+        report = check(OPEN, to=to)
+        assert codes(report) == told
+        assert report.here == {
+            "config.json": 0,
+            "tokenizer.json": len(TOKENIZER),
+            "model.safetensors": 500,
+        }
+        assert report.disk == DiskSpace(to, free, room - 256 * MIB, 256 * MIB)
+
+
+@pytest.mark.parametrize("where", ["below a file", "a file", "not ours"])
+def test_a_cache_that_nobody_can_write_to_is_said(
+    check: Check, hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    place = tmp_path / "place"
+    folder = place if where == "a file" else place / "hub"
+    if where == "not ours":
+        place.mkdir()
+        # Root may write anywhere, so the system is asked in our place.
+        monkeypatch.setattr(host.os, "access", lambda path, _: Path(path) != place)
+    else:
+        place.write_bytes(b"mine")
+    report = check(OPEN, cache_dir=folder)
+    [problem] = report.problems
+    assert (problem.code, problem.blocking) == ("hub.cache_unwritable", True)
+    assert problem.message.endswith(f"this account can't write to {folder}")
+    assert report.disk == DiskSpace(folder, FREE, NEEDED_BYTES, 256 * MIB, can_write=False)
+    assert report.repository is not None
 
 
 def test_a_disk_that_does_not_say_what_is_free_stops_nobody(

@@ -19,6 +19,7 @@ from gemma_serve.adapters.checksums import (
     is_unchanged,
     manifest_path,
     read_manifest,
+    stamp,
     write_manifest,
 )
 from gemma_serve.planning.model.repo_files import RepoFile
@@ -55,6 +56,25 @@ def alter(path: Path) -> None:
         stream.write(bytes([byte ^ 1]))
 
 
+def whole(folder: Path, file: RepoFile) -> FileState:
+    """What is found of a file that is right."""
+    return FileState(file, "whole", checked=stamp(folder / file.name, file.checksum))
+
+
+def note(folder: Path, *files: RepoFile, complete: bool = True) -> bool:
+    """Write a manifest of files as they are now."""
+    noted = {file.name: stamp(folder / file.name, file.checksum) for file in files}
+    return write_manifest(folder, Manifest(MODEL, COMMIT, noted, complete))
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the program keeps what it can keep nowhere else."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("GEMMA_SERVE_STATE_DIR", str(folder))
+    return folder
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> RepoFile:
     return write(tmp_path, "model.safetensors", CONTENT)
@@ -82,7 +102,7 @@ def test_git_agrees(tmp_path: Path) -> None:
 
 def test_all_that_is_read_is_told(tmp_path: Path, weights: RepoFile) -> None:
     read: list[int] = []
-    assert check_file(tmp_path, weights, None, read.append) == FileState(weights, "whole")
+    assert check_file(tmp_path, weights, None, read.append) == whole(tmp_path, weights)
     assert sum(read) == len(CONTENT)
     assert len(read) > 1
 
@@ -90,11 +110,11 @@ def test_all_that_is_read_is_told(tmp_path: Path, weights: RepoFile) -> None:
 def test_a_file_is_whole_or_it_is_said_what_is_wrong(tmp_path: Path, weights: RepoFile) -> None:
     path = tmp_path / weights.name
     small = write(tmp_path, "config.json", b"{}", git_oid(b"{}"))
-    assert check_file(tmp_path, small) == FileState(small, "whole")
+    assert check_file(tmp_path, small) == whole(tmp_path, small)
     # Of a file without a checksum the size is all that is known.
     unknown = RepoFile("config.json", 2)
     read: list[int] = []
-    assert check_file(tmp_path, unknown, None, read.append) == FileState(unknown, "whole")
+    assert check_file(tmp_path, unknown, None, read.append) == whole(tmp_path, unknown)
     assert read == []
 
     alter(path)
@@ -125,7 +145,7 @@ def test_what_was_noted_is_read_back(tmp_path: Path, weights: RepoFile) -> None:
     part = write(tmp_path, "2_Dense/config.json", b"[]")
     unknown = RepoFile("config.json", 2)
     for files, complete in (([weights, config, part], True), ([unknown], False), ([], True)):
-        assert write_manifest(tmp_path, MODEL, COMMIT, files, complete=complete)
+        assert note(tmp_path, *files, complete=complete)
         manifest = read_manifest(tmp_path)
         assert manifest is not None
         stats = {file.name: (tmp_path / file.name).stat() for file in files}
@@ -155,7 +175,7 @@ def test_a_manifest_lies_in_a_plain_folder_and_beside_the_snapshots_of_a_cache(
     snapshot = repo / "snapshots" / COMMIT
     assert manifest_path(snapshot) == repo / "gemma-serve" / f"{COMMIT}.json"
     file = write(snapshot, "config.json", b"{}")
-    assert write_manifest(snapshot, MODEL, COMMIT, [file])
+    assert note(snapshot, file)
     # Nothing but the model's own files is in what vLLM is given.
     assert [path.name for path in snapshot.iterdir()] == ["config.json"]
     assert [path.name for path in (repo / "gemma-serve").iterdir()] == [f"{COMMIT}.json"]
@@ -173,8 +193,8 @@ def checked(folder: Path, file: RepoFile) -> tuple[FileState, int]:
 
 
 def test_what_has_not_changed_is_not_read_again(tmp_path: Path, weights: RepoFile) -> None:
-    write_manifest(tmp_path, MODEL, COMMIT, [weights])
-    assert checked(tmp_path, weights) == (FileState(weights, "whole"), 0)
+    note(tmp_path, weights)
+    assert checked(tmp_path, weights) == (whole(tmp_path, weights), 0)
     # Another content is promised now: the old note says nothing of that.
     manifest = read_manifest(tmp_path)
     assert manifest is not None
@@ -199,7 +219,7 @@ def test_an_altered_file_is_found_though_its_size_and_its_time_are_as_before(
     tmp_path: Path, weights: RepoFile
 ) -> None:
     path = tmp_path / weights.name
-    write_manifest(tmp_path, MODEL, COMMIT, [weights])
+    note(tmp_path, weights)
     before = path.stat()
     wait_for_the_clock(path)
     alter(path)
@@ -211,19 +231,19 @@ def test_an_altered_file_is_found_though_its_size_and_its_time_are_as_before(
 
 def test_a_file_that_was_only_touched_is_read_and_whole(tmp_path: Path, weights: RepoFile) -> None:
     path = tmp_path / weights.name
-    write_manifest(tmp_path, MODEL, COMMIT, [weights])
+    note(tmp_path, weights)
     wait_for_the_clock(path)
     path.touch()
-    assert checked(tmp_path, weights) == (FileState(weights, "whole"), len(CONTENT))
-    write_manifest(tmp_path, MODEL, COMMIT, [weights])
-    assert checked(tmp_path, weights) == (FileState(weights, "whole"), 0)
+    assert checked(tmp_path, weights) == (whole(tmp_path, weights), len(CONTENT))
+    note(tmp_path, weights)
+    assert checked(tmp_path, weights) == (whole(tmp_path, weights), 0)
 
 
 def test_a_truncated_or_a_missing_file_is_found_without_reading(
     tmp_path: Path, weights: RepoFile
 ) -> None:
     path = tmp_path / weights.name
-    write_manifest(tmp_path, MODEL, COMMIT, [weights])
+    note(tmp_path, weights)
     os.truncate(path, 100)
     cut = "100 bytes instead of 9,437,189"
     assert checked(tmp_path, weights) == (FileState(weights, "damaged", cut), 0)
@@ -272,15 +292,60 @@ def test_there_is_no_manifest_where_there_is_no_file(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
 
 
-def test_a_manifest_that_cannot_be_written_is_said_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_manifest_that_cannot_be_written_is_said_and_nothing_is_left(
+    tmp_path: Path, state: Path
+) -> None:
+    (state / "checked").write_bytes(b"")
     snapshot = tmp_path / "snapshots" / COMMIT
     file = write(snapshot, "config.json", b"{}")
     # A file where the folder should be: nobody can write there, root neither.
     (tmp_path / "gemma-serve").write_bytes(b"")
-    assert write_manifest(snapshot, MODEL, COMMIT, [file]) is False
+    assert note(snapshot, file) is False
     assert read_manifest(snapshot) is None
     plain = tmp_path / "plain"
     file = write(plain, "config.json", b"{}")
     manifest_path(plain).mkdir()
-    assert write_manifest(plain, MODEL, COMMIT, [file]) is False
+    assert note(plain, file) is False
     assert sorted(path.name for path in plain.iterdir()) == [".gemma-serve.json", "config.json"]
+    assert [path.name for path in state.iterdir()] == ["checked"]
+
+
+def test_beside_a_folder_that_cannot_be_written_to_the_manifest_is_in_our_own(
+    tmp_path: Path, state: Path
+) -> None:
+    snapshot = tmp_path / "snapshots" / COMMIT
+    file = write(snapshot, "config.json", b"{}")
+    noted = Manifest(MODEL, COMMIT, {file.name: stamp(snapshot / file.name, file.checksum)})
+    # As on a disk that is mounted read only, for root too.
+    (tmp_path / "gemma-serve").write_bytes(b"")
+    assert write_manifest(snapshot, noted)
+    assert read_manifest(snapshot) == noted
+    [kept] = (state / "checked").iterdir()
+    other = tmp_path / "else" / "snapshots" / COMMIT
+    write(other, "config.json", b"{}")
+    assert read_manifest(other) is None
+
+    # Of two, the one elsewhere would be the newer; so it goes as soon as it is not needed.
+    (tmp_path / "gemma-serve").unlink()
+    newer = Manifest("google/gemma-2b", COMMIT, noted.files)
+    assert write_manifest(snapshot, newer)
+    assert read_manifest(snapshot) == newer
+    assert not kept.exists()
+    assert [path.name for path in (tmp_path / "gemma-serve").iterdir()] == [f"{COMMIT}.json"]
+
+
+def test_what_is_told_of_a_file_is_what_it_was_before_it_was_read(
+    tmp_path: Path, weights: RepoFile
+) -> None:
+    path = tmp_path / weights.name
+    before = stamp(path, weights.checksum)
+
+    def spoil(_: int) -> None:
+        # As somebody else may, behind the place that is being read.
+        with path.open("r+b") as stream:
+            stream.write(b"other")
+        os.utime(path, ns=(1, 1))
+
+    state = check_file(tmp_path, weights, None, spoil)
+    assert state == FileState(weights, "whole", checked=before)
+    assert check_file(tmp_path, weights, state.checked) == FileState(weights, "damaged", ALTERED)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,8 +34,11 @@ from huggingface_hub import (
 
 import local_hub
 from checkpoint_samples import GEMMA, weights_file
-from gemma_serve.adapters.checksums import read_manifest
-from gemma_serve.errors import GemmaServeError, UsageError
+from gemma_serve.adapters import checksums, host
+from gemma_serve.adapters.checksums import Manifest, manifest_path, read_manifest, stamp
+from gemma_serve.adapters.hub.transfer import size_on_the_way
+from gemma_serve.cli import main
+from gemma_serve.errors import GemmaServeError, Problem, UsageError
 from gemma_serve.planning.model.repo_files import INDEX, RepoFile
 from gemma_serve.usecases.download import DownloadRequest, DownloadResult, download
 from gemma_serve.usecases.events import (
@@ -45,6 +48,7 @@ from gemma_serve.usecases.events import (
     DownloadProgress,
     Event,
     FileDamaged,
+    Noticed,
 )
 from gemma_serve.view.download import progress_line
 from local_hub import (
@@ -105,6 +109,7 @@ SHORT = {**SMALL, ONE: weights("w", 3 * CHUNK + 1234)}
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("GEMMA_SERVE_STATE_DIR", str(tmp_path / "state"))
     with local_hub.alone(monkeypatch, tmp_path):
         yield
 
@@ -115,6 +120,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     with serving(LocalHub(repos={NAME: Repo({**UNWANTED, **WANTED})})) as served:
         local_hub.use(monkeypatch, served.url)
         yield served
+        let_end()
+
+
+def let_end() -> None:
+    """Wait a moment for what a download that failed leaves; it would ask the next test's Hub."""
+    for thread in threading.enumerate():
+        if thread.name == "download":
+            thread.join(0.3)
 
 
 @pytest.fixture
@@ -142,6 +155,11 @@ def refused(**request: Any) -> tuple[list[str], str]:
         bring(**request)
     problems = caught.value.problems
     return [p.code for p in problems], "\n".join(p.message for p in problems)
+
+
+def verify(folder: Path) -> DownloadResult:
+    """What `--model DIR` makes of a folder."""
+    return download(DownloadRequest(str(folder)), on_event=[].append)
 
 
 def listed(files: Mapping[str, bytes]) -> tuple[RepoFile, ...]:
@@ -352,6 +370,147 @@ def test_a_branch_and_a_commit_are_brought_under_their_own_names(hub: LocalHub) 
     assert hub.asked == []
 
 
+# The Hub has a newer commit than the cache, which the client itself has filled
+
+NEWER = {**WANTED, "tokenizer_config.json": b'{"bos_token": "<bos>"}', FIRST: weights("c", CHUNK)}
+
+
+@pytest.fixture
+def moved_on(hub: LocalHub) -> tuple[str, str]:
+    """The commit that is cached, without tokenizer_config.json, and the one of `main`."""
+    former = Path(snapshot_download(NAME)).name
+    lost = repo_folder() / "snapshots" / former / "tokenizer_config.json"
+    lost.resolve().unlink()
+    lost.unlink()
+    assert hub.repos is not None
+    hub.repos[NAME].files = NEWER
+    forget(hub)
+    return former, hub.repos[NAME].commit()
+
+
+def test_what_is_cached_is_made_whole_and_nothing_newer_is_fetched(
+    hub: LocalHub, moved_on: tuple[str, str]
+) -> None:
+    former, newer = moved_on
+    result = bring(refresh=False)
+    assert (result.commit, result.damaged) == (former, ())
+    assert result.fetched_bytes == len(WANTED["tokenizer_config.json"])
+    assert contents(result.folder).items() >= WANTED.items()
+    assert (repo_folder() / "refs" / "main").read_text() == former
+    assert not (repo_folder() / "snapshots" / newer).exists()
+    assert {r.revision for r in hub.requests if r.route in ("api", "resolve")} == {former}
+    assert hub.sent.keys() & {FIRST, SECOND} == set()
+    forget(hub)
+    assert bring(refresh=False).commit == former
+    assert hub.asked == []
+
+
+def test_the_newer_one_is_fetched_where_that_is_wanted(
+    hub: LocalHub, moved_on: tuple[str, str]
+) -> None:
+    _, newer = moved_on
+    result = bring(refresh=True)
+    assert result.commit == newer
+    assert contents(result.folder) == dict(sorted(NEWER.items()))
+    assert (repo_folder() / "refs" / "main").read_text() == newer
+    assert hub.sent[FIRST] == len(NEWER[FIRST])
+    assert asked_for(hub, SECOND) == []
+    assert bring(refresh=False).commit == newer
+
+
+@pytest.mark.parametrize(
+    ("hindrance", "code"), [("disk", "hub.disk_full"), ("licence", "hub.no_token")]
+)
+def test_what_keeps_the_newer_one_away_is_a_warning_unless_it_is_wanted(
+    hub: LocalHub,
+    moved_on: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    hindrance: str,
+    code: str,
+) -> None:
+    former, newer = moved_on
+    if hindrance == "disk":
+        monkeypatch.setattr(host, "free_disk_bytes", lambda _: 0)
+    else:
+        hub.repos[NAME].gated = "manual"  # type: ignore[index]
+    with pytest.raises(GemmaServeError) as caught:
+        bring(refresh=True)
+    assert caught.value.exit_code == 1
+    assert [(p.code, p.blocking) for p in caught.value.problems] == [(code, True)]
+
+    events: list[Event] = []
+    assert bring(events, refresh=False).commit == former
+    noticed = [event.problem for event in events if isinstance(event, Noticed)]
+    assert [(p.code, p.blocking) for p in noticed] == [(code, False)]
+    assert not (repo_folder() / "snapshots" / newer).exists()
+    assert hub.sent.keys() & {FIRST, SECOND} == set()
+
+
+# The Hub, or who answers in its place, wants to write elsewhere
+
+
+def outside(tmp_path: Path) -> set[str]:
+    """What is beside the places that a download may write to."""
+    return {path.name for path in tmp_path.iterdir()} - {"hub", "state", "model"}
+
+
+@pytest.mark.parametrize("into", ["cache", "folder"])
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_no_name_in_a_listing_leads_out_of_the_folder(
+    hub: LocalHub, tmp_path: Path, into: str, weights_too: bool
+) -> None:
+    """Without safetensors it is pickles, whose names have more forms."""
+    evil = ("pytorch_model/../../evil.bin", "../x.json", f"{tmp_path}/abs.json", "../../y.json")
+    good = SHORT if weights_too else SMALL
+    hub.repos = {NAME: Repo({**good, **dict.fromkeys(evil, b"{}")})}
+    to = tmp_path / "model" if into == "folder" else None
+    if weights_too:
+        result = bring(to=to)
+        assert result.files == listed(in_order(SHORT))
+        assert contents(result.folder) == dict(sorted(SHORT.items()))
+    else:
+        assert refused(to=to)[0] == ["model.weights_missing"]
+    assert outside(tmp_path) == set()
+    found = {p.name for p in tmp_path.rglob("*")}
+    assert found & {"evil.bin", "x.json", "abs.json", "y.json"} == set()
+    assert hub.sent.keys() & {*evil, "evil.bin", "x.json", "abs.json", "y.json"} == set()
+
+
+@dataclass
+class OddHub(LocalHub):
+    """A Hub that calls the content of one file by another name than its checksum."""
+
+    odd: str = ""
+    etag: str = ""
+
+    def answer(self, request: Request) -> Any:
+        answer = super().answer(request)
+        if request.route != "resolve" or request.name != self.odd:
+            return answer
+        named = {"ETag": f'"{self.etag}"', "X-Linked-Etag": f'"{self.etag}"'}
+        return replace(answer, headers={**answer.headers, **named})
+
+
+@pytest.mark.parametrize("into", ["cache", "folder"])
+@pytest.mark.parametrize("odd", [ONE, "tokenizer.json"])
+@pytest.mark.parametrize("etag", ["../../../evil", "a/b", ".."])
+def test_no_etag_leads_out_of_the_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, etag: str, odd: str, into: str
+) -> None:
+    made = OddHub(repos={NAME: Repo(SHORT)}, odd=odd, etag=etag)
+    with serving(made) as hub:
+        local_hub.use(monkeypatch, hub.url)
+        to = tmp_path / "model" if into == "folder" else None
+        codes, told = refused(to=to)
+        let_end()
+    assert codes == ["hub.unreachable"]
+    assert "its answer is not the Hub's" in told
+    assert outside(tmp_path) == set()
+    assert [p for p in tmp_path.rglob("*") if p.name.startswith(("evil", "a"))] == []
+    if to is None:
+        assert_nothing_half(SHORT)
+
+
 # The connection breaks
 
 CUTS = [0, 1, 7, 8, 100, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK - 1, 3 * CHUNK]
@@ -526,12 +685,36 @@ def test_a_wrong_length_gets_no_real_name(short: LocalHub, by: int) -> None:
     short.faults.append(fault)
     bring()
     assert_whole(short, SHORT)
+    # What ended early is gone on with, what is too long begun anew.
+    kept = f"bytes={len(SHORT[ONE]) + by}-" if by < 0 else None
+    assert [request.range for request in asked_for(short, ONE)] == [None, kept]
     shutil.rmtree(cache())
     fault.times = None
     codes, told = refused()
     assert codes == ["hub.wrong_content"]
     assert f"{len(SHORT[ONE]) + by:,} bytes instead of {len(SHORT[ONE]):,}" in told
     assert_nothing_half(SHORT)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("into", ["cache", "folder"])
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_small_file_of_a_wrong_length_gets_no_real_name(
+    short: LocalHub, tmp_path: Path, by: int, into: str
+) -> None:
+    to = tmp_path / "model" if into == "folder" else None
+    fault = WrongLength("tokenizer.json", by=by, method="GET")
+    short.faults.append(fault)
+    codes, told = refused(to=to)
+    assert codes == ["hub.wrong_content"]
+    assert told.startswith(f"tokenizer.json of {NAME} came twice from {short.url} and is not what")
+    if to is None:
+        assert_nothing_half(SHORT)
+    else:
+        assert "tokenizer.json" not in contents(to)
+    fault.times = fault.happened + 1
+    assert contents(bring(to=to).folder) == dict(sorted(SHORT.items()))
+    assert fault.happened == fault.times
 
 
 def test_a_weight_file_that_is_broken_on_the_hub_is_refused(hub: LocalHub) -> None:
@@ -550,6 +733,16 @@ def test_a_shard_that_the_repository_lacks_is_said(hub: LocalHub) -> None:
     assert codes == ["model.weights_missing"]
     assert SECOND in told
     assert_nothing_half(lacking)
+
+
+@pytest.mark.parametrize("into", ["cache", "folder"])
+def test_a_model_without_a_tokenizer_is_refused(hub: LocalHub, tmp_path: Path, into: str) -> None:
+    lacking = {name: content for name, content in SHORT.items() if name != "tokenizer.json"}
+    hub.repos = {NAME: Repo(lacking)}
+    with pytest.raises(GemmaServeError) as caught:
+        bring(to=tmp_path / "model" if into == "folder" else None)
+    assert caught.value.exit_code == 1
+    assert [problem.code for problem in caught.value.problems] == ["model.no_tokenizer"]
 
 
 def test_only_the_shards_that_the_index_names_are_kept_in_the_answer(hub: LocalHub) -> None:
@@ -629,6 +822,110 @@ def test_offline_a_damaged_shard_is_refused_by_name(
     assert hub.asked == []
 
 
+def test_a_blob_that_is_damaged_is_mended_though_the_snapshot_has_lost_it(hub: LocalHub) -> None:
+    """As another download leaves it, which has noticed and not yet mended it."""
+    link = bring().folder / SECOND
+    flip(link.resolve())
+    link.unlink()
+    forget(hub)
+    result = bring()
+    assert (result.fetched_bytes, result.damaged) == (len(WANTED[SECOND]), ())
+    assert asked_for(hub, FIRST) == []
+    assert_whole(hub)
+
+
+def test_two_that_find_the_same_damage_mend_it_once(hub: LocalHub, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    flip(bring(cache_dir=home / "hub").folder / SECOND)
+    forget(hub)
+    hold = Hold(SECOND, after_bytes=CHUNK, times=1)
+    hub.faults.append(hold)
+
+    def lengths_asked() -> int:
+        return sum((r.method, r.name) == ("HEAD", SECOND) for r in list(hub.requests))
+
+    with start(hub, home) as one:
+        assert hold.reached.wait(60)
+        before = lengths_asked()
+        with start(hub, home) as two:
+            eventually(lambda: lengths_asked() > before, "the other wants the same file")
+            hold.go_on.set()
+            assert [one.exit_code(), two.exit_code()] == [0, 0], (one.err, two.err)
+    assert hub.sent[SECOND] == len(WANTED[SECOND])
+    assert_whole(hub, folder=home / "hub")
+
+
+def test_a_file_that_changes_after_its_check_is_not_noted_as_right(hub: LocalHub) -> None:
+    snapshot = Path(snapshot_download(NAME))
+    (snapshot / SECOND).resolve().unlink()
+    (snapshot / SECOND).unlink()
+    before = stamp(snapshot / FIRST, checksum(FIRST))
+    hold = Hold(SECOND, after_bytes=CHUNK, times=1)
+    hub.faults.append(hold)
+
+    def spoil() -> None:
+        flip(snapshot / FIRST)
+        hold.go_on.set()
+
+    helper = when(hold.reached, spoil)
+    assert bring().damaged == ()
+    helper.join()
+    manifest = read_manifest(snapshot)
+    assert manifest is not None
+    assert manifest.files[FIRST] == before
+    assert manifest.files[SECOND] == stamp(snapshot / SECOND, checksum(SECOND))
+    assert bring(refresh=False).damaged == (FIRST,)
+    assert (snapshot / FIRST).read_bytes() == WANTED[FIRST]
+
+
+def test_where_the_cache_takes_no_manifest_it_is_read_and_asked_about_once(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file in place of the folder: nobody can write there, root neither.
+    repo_folder().mkdir(parents=True)
+    (repo_folder() / "gemma-serve").write_bytes(b"")
+    first = bring()
+    elsewhere = tmp_path / "state" / "checked"
+    assert len(list(elsewhere.iterdir())) == 1
+
+    def read(*_: object) -> str:
+        raise AssertionError("a file is read")
+
+    forget(hub)
+    with monkeypatch.context() as patched:
+        patched.setattr(checksums, "content_checksum", read)
+        assert bring(refresh=False).files == first.files
+    assert hub.asked == []
+
+    (repo_folder() / "gemma-serve").unlink()
+    os.utime((first.folder / FIRST).resolve(), ns=(1, 1))
+    assert bring(refresh=False).files == first.files
+    assert list(elsewhere.iterdir()) == []
+    assert manifest_path(first.folder).is_file()
+    assert hub.asked == []
+
+
+def test_a_cache_without_links_holds_no_weights_twice(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(constants, "HF_HUB_DISABLE_SYMLINKS"):
+        pytest.skip("this client always makes links where it can")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    result = bring()
+    assert contents(result.folder) == dict(sorted(WANTED.items()))
+    assert not any(path.is_symlink() for path in result.folder.iterdir())
+    assert list((repo_folder() / "blobs").iterdir()) == []
+    forget(hub)
+    assert bring().fetched_bytes == 0
+    assert asked_for(hub, FIRST) == asked_for(hub, SECOND) == []
+    # One that is damaged is fetched again, and once.
+    flip(result.folder / SECOND)
+    again = bring(refresh=False)
+    assert (again.damaged, again.fetched_bytes) == ((SECOND,), len(WANTED[SECOND]))
+    assert contents(result.folder) == dict(sorted(WANTED.items()))
+    assert list((repo_folder() / "blobs").iterdir()) == []
+
+
 # Nothing comes
 
 
@@ -656,7 +953,7 @@ def test_a_hub_that_never_begins_is_unreachable_soon(
     short.faults.append(Hang(ONE, method="GET"))
     codes, told = refused()
     assert codes == ["hub.unreachable"]
-    assert told.startswith(f"nothing came from {short.url} for 3 s")
+    assert told.startswith(f"nothing came from {short.url} for 2 s")
 
 
 # The disk is full
@@ -813,12 +1110,99 @@ def test_a_folder_is_gone_on_with(hub: LocalHub, tmp_path: Path) -> None:
     hub.faults += [Cut(FIRST, after_bytes=HELD, times=1), Cut(FIRST, after_bytes=5)]
     assert refused(to=to)[0] == ["hub.unreachable"]
     assert FIRST not in contents(to)
-    assert read_manifest(to) is None
+    assert (to / f".{FIRST}.incomplete").stat().st_size == 3 * CHUNK
+    # It is known as ours, and as half a one.
+    commit = hub.repos[NAME].commit()  # type: ignore[index]
+    assert read_manifest(to) == Manifest(NAME, commit, {}, complete=False)
+    with pytest.raises(GemmaServeError) as caught:
+        verify(to)
+    assert caught.value.exit_code == 1
+    assert list(caught.value.problems) == [
+        Problem(
+            "model.weights_missing",
+            f"the download of {NAME} into {to} did not end",
+            f"run it again: `gemma-serve download --model {NAME} --to {to}`",
+        )
+    ]
     hub.faults.clear()
     forget(hub)
-    bring(to=to)
+    result = bring(to=to)
+    assert verify(to).files == result.files
     assert [request.range for request in asked_for(hub, FIRST)] == [f"bytes={3 * CHUNK}-"]
     assert contents(to) == dict(sorted(WANTED.items()))
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_was_begun_in_a_folder_counts_against_the_room_for_the_rest(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = tmp_path / "model"
+    hub.faults += [Cut(FIRST, after_bytes=HELD, times=1), Cut(FIRST, after_bytes=5)]
+    assert refused(to=to)[0] == ["hub.unreachable"]
+    here = sum(path.stat().st_size for path in to.iterdir() if path.name != ".gemma-serve.json")
+    assert here >= 3 * CHUNK
+    hub.faults.clear()
+    room = sum(map(len, WANTED.values())) - here + 256 * 2**20
+    monkeypatch.setattr(host, "free_disk_bytes", lambda _: room - 1)
+    assert refused(to=to)[0] == ["hub.disk_full"]
+    monkeypatch.setattr(host, "free_disk_bytes", lambda _: room)
+    bring(to=to)
+    assert contents(to) == dict(sorted(WANTED.items()))
+
+
+def test_offline_a_full_disk_is_said_before_a_file_is_copied(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bring()
+    forget(hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(host, "free_disk_bytes", lambda _: 0)
+    to = tmp_path / "model"
+    assert refused(to=to)[0] == ["hub.disk_full"]
+    assert not to.exists()
+    assert hub.asked == []
+
+
+OWN = {
+    "another config": {"config.json": b"{}"},
+    "notes": {"notes.txt": b"mine"},
+    "a folder": {"mine/data.bin": b"mine"},
+    "notes beside the model": {**WANTED, "notes.txt": b"mine"},
+}
+
+
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_a_folder_with_files_of_somebodys_own_is_left_alone(
+    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: Mapping[str, bytes]
+) -> None:
+    to = tmp_path / "model"
+    for name, content in own.items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_bytes(content)
+    assert main(["download", "--model", NAME, "--to", str(to), "--json"]) == 2
+    [problem] = json.loads(capsys.readouterr().out)["problems"]
+    stranger = "notes.txt" if "notes.txt" in own else next(iter(own)).partition("/")[0]
+    assert (problem["code"], problem["message"], problem["hint"]) == (
+        "download.not_empty",
+        f"{to} holds {stranger}, which is not of {NAME}; a new or an empty folder is wanted",
+        f"give another one: `--to {to}-gemma-7b-it`",
+    )
+    assert contents(to) == dict(sorted(own.items()))
+    assert not manifest_path(to).exists()
+    assert hub.sent.keys() & {FIRST, SECOND} == set()
+
+
+def test_a_folder_that_the_client_made_is_taken_over(hub: LocalHub, tmp_path: Path) -> None:
+    to = tmp_path / "model"
+    snapshot_download(NAME, local_dir=to)
+    before = contents(to)
+    forget(hub)
+    result = bring(to=to)
+    assert (result.fetched_bytes, result.files) == (0, listed(in_order(WANTED)))
+    assert contents(to) == before
+    assert before.items() >= {**WANTED, **UNWANTED}.items()
+    assert hub.sent.keys() & {FIRST, SECOND} == set()
+    assert verify(to).files == result.files
 
 
 def test_a_file_is_no_folder(hub: LocalHub, tmp_path: Path) -> None:
@@ -847,6 +1231,21 @@ def test_what_the_client_transfers_in_its_own_way_is_compared_too(
     assert wrong.happened == wrong.times
 
 
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_what_the_client_has_of_a_file_on_the_way_is_seen(tmp_path: Path, place: str) -> None:
+    """It names what it begins after the checksum, in a place of its own."""
+    file = RepoFile(ONE, 1000, checksum(ONE, SHORT))
+    begun = {
+        "cache": repo_folder(tmp_path) / "blobs" / f"{file.checksum}.ab12.incomplete",
+        "folder": tmp_path / f".cache/huggingface/download/cd34.{file.checksum}.incomplete",
+    }[place]
+    assert size_on_the_way(NAME, file, tmp_path) == 0
+    begun.parent.mkdir(parents=True)
+    for size, told in ((0, 0), (600, 600), (1200, 1000)):
+        begun.write_bytes(bytes(size))
+        assert size_on_the_way(NAME, file, tmp_path) == told
+
+
 def test_another_model_does_not_go_into_the_same_folder(hub: LocalHub, tmp_path: Path) -> None:
     assert hub.repos is not None
     hub.repos = {**hub.repos, OTHER: Repo(SHORT)}
@@ -854,7 +1253,10 @@ def test_another_model_does_not_go_into_the_same_folder(hub: LocalHub, tmp_path:
     bring(to=to)
     with pytest.raises(UsageError) as caught:
         download(DownloadRequest(OTHER, to=to), on_event=[].append)
-    assert (caught.value.problems[0].code, caught.value.exit_code) == ("download.other_model", 2)
+    assert (caught.value.problems[0].code, caught.value.exit_code) == ("download.not_empty", 2)
+    assert caught.value.problems[0].message == (
+        f"{to} holds {NAME}, which is not of {OTHER}; a new or an empty folder is wanted"
+    )
     assert contents(to) == dict(sorted(WANTED.items()))
 
 
@@ -888,14 +1290,11 @@ def test_a_folder_is_verified_wherever_it_was_carried(hub: LocalHub, tmp_path: P
     shutil.copytree(tmp_path / "model", moved)
     forget(hub)
 
-    def verify() -> DownloadResult:
-        return download(DownloadRequest(str(moved)), on_event=[].append)
-
-    assert verify().files == listed(in_order(WANTED))
+    assert verify(moved).files == listed(in_order(WANTED))
     flip(moved / FIRST)
     (moved / SECOND).unlink()
     with pytest.raises(GemmaServeError) as caught:
-        verify()
+        verify(moved)
     assert [(problem.code, problem.message) for problem in caught.value.problems] == [
         (
             "model.weights_broken",

@@ -171,7 +171,7 @@ def test_another_kind_of_model_is_a_warning_and_its_size_is_known(ask: Any) -> N
         (401, "GatedRepo", "hub.no_token", False),
         (403, "GatedRepo", "hub.no_token", False),
         (403, None, "hub.forbidden", False),
-        (404, None, "hub.unreachable", False),
+        (404, None, "hub.not_found", True),
         (404, "RepoNotFound", "hub.not_found", True),
         (404, "RevisionNotFound", "hub.revision_not_found", True),
         (429, None, "hub.rate_limited", False),

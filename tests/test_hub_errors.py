@@ -45,11 +45,11 @@ HUB_CODES = {
     "RevisionNotFoundError": "hub.revision_not_found",
     "GatedRepoError": "hub.no_token",
     "LocalTokenNotFoundError": "hub.no_token",
-    "OIDCError": "hub.invalid_token",
+    "OIDCError": "hub.no_token",
     "DeviceCodeError": "hub.invalid_token",
-    "XetError": "hub.invalid_token",
-    "XetAuthorizationError": "hub.invalid_token",
-    "XetRefreshTokenError": "hub.invalid_token",
+    "XetError": "hub.unreachable",
+    "XetAuthorizationError": "hub.unreachable",
+    "XetRefreshTokenError": "hub.unreachable",
     "DisabledRepoError": "hub.forbidden",
     "EntryNotFoundError": "model.no_config",
     "RemoteEntryNotFoundError": "model.no_config",
@@ -308,7 +308,7 @@ def test_no_answer_in_time() -> None:
             "hub.forbidden",
             "disabled",
         ),
-        (404, {}, SIGNED_IN, "hub.unreachable", "HTTP 404"),
+        (404, {}, SIGNED_IN, "hub.not_found", "HTTP 404"),
         (404, {"X_Error_Code": "RepoNotFound"}, SIGNED_IN, "hub.not_found", "this account"),
         (404, {"X_Error_Code": "RevisionNotFound"}, ANONYMOUS, "hub.revision_not_found", "`main`"),
         (404, {"X_Error_Code": "EntryNotFound"}, ANONYMOUS, "model.no_config", "config.json"),
@@ -329,6 +329,41 @@ def test_an_answer_that_is_no(
     assert (problem.code, problem.blocking) == (code, True)
     assert told in problem.message
     assert problem.hint
+
+
+def test_a_name_that_holds_gated_is_no_gate() -> None:
+    """The error's text quotes the address."""
+    url = "https://huggingface.co/api/models/google/fine-grained-gated"
+    with pytest.raises(errors.HfHubHTTPError) as caught:
+        hf_raise_for_status(answer(403, url))
+    assert "gated" in str(caught.value)
+    asked = Asked("google/fine-grained-gated", has_token=True)
+    assert problem_for(caught.value, asked).code == "hub.forbidden"
+
+
+def test_without_a_token_none_lacks_a_permission() -> None:
+    told = "Please enable access to public gated repositories in your fine-grained token settings"
+    assert problem_for(refusal(403, X_Error_Message=told), ANONYMOUS).code == "hub.forbidden"
+
+
+@pytest.mark.parametrize("asked", [ANONYMOUS, SIGNED_IN])
+def test_who_has_a_token_is_not_told_to_get_one(asked: Asked) -> None:
+    hint = problem_for(refusal(429), asked).hint
+    assert hint == (
+        "wait and try again"
+        if asked.has_token
+        else "wait and try again; with a token (`hf auth login` or HF_TOKEN) more is allowed"
+    )
+
+
+@pytest.mark.skipif(not hasattr(errors, "OIDCError"), reason="this client exchanges no tokens")
+def test_an_exchange_that_gave_no_token_is_told_as_one() -> None:
+    problem = problem_for(made(errors.OIDCError, "no id token\nmore"), ANONYMOUS)
+    assert problem == Problem(
+        "hub.no_token",
+        "HF_OIDC_RESOURCE is set, and no token was given in exchange: no id token",
+        "see that this job may ask for an OIDC token, or unset HF_OIDC_RESOURCE and set HF_TOKEN",
+    )
 
 
 def test_a_pause_that_is_no_number_is_left_out() -> None:

@@ -5,20 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from checkpoint_samples import GEMMA, weights_file
-from gemma_serve.adapters.checksums import FileState, read_manifest, write_manifest
+from gemma_serve.adapters.checksums import (
+    FileState,
+    Manifest,
+    read_manifest,
+    stamp,
+    write_manifest,
+)
+from gemma_serve.adapters.hub.cache import forget_file, forget_link
+from gemma_serve.adapters.hub.transfer import partial_in
 from gemma_serve.planning.model.repo_files import INDEX, RepoFile
 from gemma_serve.usecases.local_files import (
     LocalFiles,
     cached_bytes,
     check_files,
+    checkpoint_problems,
     find_cached,
+    folder_bytes,
     problems_of_cached,
 )
 
@@ -78,6 +88,15 @@ class Cache:
     def bytes(self) -> dict[str, int]:
         return cached_bytes(NAME, COMMIT, LISTING, self.folder)
 
+    def note(self, files: Sequence[RepoFile] = LISTING, *, complete: bool = True) -> bool:
+        noted = {file.name: stamp(self.snapshot / file.name, file.checksum) for file in files}
+        return write_manifest(self.snapshot, Manifest(NAME, COMMIT, noted, complete))
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GEMMA_SERVE_STATE_DIR", str(tmp_path / "state"))
+
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
@@ -103,7 +122,7 @@ def test_a_branch_with_a_slash_is_found(cache: Cache) -> None:
 
 def test_what_we_noted_is_known_whole_until_something_changes(cache: Cache) -> None:
     cache.fill(FILES)
-    assert write_manifest(cache.snapshot, NAME, COMMIT, LISTING)
+    assert cache.note()
     found = cache.find()
     assert found == LocalFiles(cache.snapshot, COMMIT, read_manifest(cache.snapshot))
     assert found.is_known_whole
@@ -115,7 +134,7 @@ def test_what_we_noted_is_known_whole_until_something_changes(cache: Cache) -> N
 
 def test_what_nobody_could_ask_for_is_not_known_whole(cache: Cache) -> None:
     cache.fill(FILES)
-    write_manifest(cache.snapshot, NAME, COMMIT, LISTING, complete=False)
+    cache.note(complete=False)
     found = cache.find()
     assert found is not None
     assert not found.is_known_whole
@@ -165,7 +184,7 @@ def test_a_missing_shard_is_named(cache: Cache) -> None:
 def test_a_file_that_was_noted_must_be_there(cache: Cache) -> None:
     template = {"chat_template.jinja": b"{{ messages }}"}
     cache.fill(FILES | template)
-    write_manifest(cache.snapshot, NAME, COMMIT, [*LISTING, listed(*next(iter(template.items())))])
+    cache.note([*LISTING, listed(*next(iter(template.items())))])
     assert cache.find() is not None
     (cache.snapshot / "chat_template.jinja").unlink()
     assert cache.find() is None
@@ -173,7 +192,7 @@ def test_a_file_that_was_noted_must_be_there(cache: Cache) -> None:
 
 def test_a_manifest_that_cannot_be_read_says_nothing(cache: Cache) -> None:
     cache.fill(FILES)
-    write_manifest(cache.snapshot, NAME, COMMIT, LISTING)
+    cache.note()
     (cache.repo / "gemma-serve" / f"{COMMIT}.json").write_text("{")
     assert cache.find() == LocalFiles(cache.snapshot, COMMIT, None)
 
@@ -217,10 +236,13 @@ def test_each_file_is_compared_and_all_that_is_read_is_told(cache: Cache) -> Non
     cache.fill(FILES)
     read: list[int] = []
     states = check_files(cache.snapshot, LISTING, None, read.append)
-    assert states == tuple(FileState(file, "whole") for file in LISTING)
+    assert states == tuple(
+        FileState(file, "whole", checked=stamp(cache.snapshot / file.name, file.checksum))
+        for file in LISTING
+    )
     assert sum(read) == sum(file.size_bytes for file in LISTING)
 
-    write_manifest(cache.snapshot, NAME, COMMIT, LISTING)
+    cache.note()
     manifest = read_manifest(cache.snapshot)
     read.clear()
     assert check_files(cache.snapshot, LISTING, manifest, read.append) == states
@@ -236,6 +258,71 @@ def test_each_file_is_compared_and_all_that_is_read_is_told(cache: Cache) -> Non
             whole[FIRST],
             state="damaged",
             found="its checksum is not the one that the Hub promises",
+            checked=None,
         ),
-        SECOND: replace(whole[SECOND], state="missing"),
+        SECOND: replace(whole[SECOND], state="missing", checked=None),
     }
+
+
+def test_a_folder_has_what_is_whole_and_what_was_begun(tmp_path: Path) -> None:
+    part = RepoFile("2_Dense/config.json", 5)
+    assert partial_in(tmp_path, part) == tmp_path / "2_Dense" / ".config.json.incomplete"
+    begun, whole, other = LISTING[3], LISTING[4], LISTING[0]
+    (tmp_path / whole.name).write_bytes(FILES[whole.name])
+    (tmp_path / other.name).write_bytes(b"of another size")
+    partial_in(tmp_path, begun).write_bytes(FILES[begun.name][:7])
+    assert folder_bytes(tmp_path, (begun, whole, other, part)) == {
+        begun.name: 7,
+        whole.name: whole.size_bytes,
+        other.name: 0,
+        part.name: 0,
+    }
+    # More than the whole is not more than the whole.
+    partial_in(tmp_path, begun).write_bytes(FILES[begun.name] + b"more")
+    assert folder_bytes(tmp_path, (begun,)) == {begun.name: begun.size_bytes}
+    assert folder_bytes(tmp_path / "nowhere", (begun,)) == {begun.name: 0}
+
+
+def test_a_model_without_a_tokenizer_is_none_to_serve(tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    assert checkpoint_problems(tmp_path) == ()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_bytes(b"{}")
+    [problem] = checkpoint_problems(tmp_path)
+    assert (problem.code, problem.blocking) == ("model.no_tokenizer", True)
+    assert problem.message == (
+        f"{tmp_path} has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt"
+    )
+
+
+def test_a_damaged_file_is_taken_out_of_the_snapshot_and_its_blob_stays(cache: Cache) -> None:
+    cache.fill(FILES)
+    blob = cache.path(FIRST)
+    for _ in range(2):  # somebody else may have been quicker
+        forget_link(cache.snapshot, FIRST)
+        assert not (cache.snapshot / FIRST).is_symlink()
+        assert blob.read_bytes() == FILES[FIRST]
+
+
+def test_a_damaged_file_is_removed_with_its_blob_and_a_shared_store_is_left_alone(
+    cache: Cache, tmp_path: Path
+) -> None:
+    cache.fill(FILES)
+    blob = cache.path(FIRST)
+    forget_file(cache.snapshot, FIRST)
+    assert not (cache.snapshot / FIRST).is_symlink()
+    assert not blob.exists()
+
+    # The client's store that several repositories share is in the cache's folder.
+    own, foreign = cache.folder / "store" / "of-all", tmp_path / "foreign"
+    for stored in (own, foreign):
+        stored.parent.mkdir(exist_ok=True)
+        link = cache.path(SECOND)
+        stored.write_bytes(FILES[SECOND])
+        link.unlink()
+        link.symlink_to(os.path.relpath(stored, link.parent))
+        forget_file(cache.snapshot, SECOND)
+        assert not link.is_symlink()
+        assert stored.exists() == (stored == foreign)
+        cache.fill({SECOND: FILES[SECOND]})

@@ -168,7 +168,10 @@ def test_a_typo_gets_a_suggestion(
     hub.refuses = {"api": Refusal(401, "RepoNotFound")}
     [problem] = find_model_facts(typed).problems
     assert (problem.code, problem.blocking) == ("hub.not_found", True)
-    assert problem.hint == f"did you mean `--model {meant}`?"
+    assert problem.hint == (
+        f"did you mean `--model {meant}`? If not: check the spelling: `gemma-serve models` lists "
+        "the public Gemmas; if it is private, run `hf auth login` or set HF_TOKEN"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     [_, unknown] = find_model_facts(typed).problems
     assert unknown.code == "model.size_unknown"

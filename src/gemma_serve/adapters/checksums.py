@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gemma_serve.adapters.state import state_dir
+from gemma_serve.adapters.whole_files import write_whole
 from gemma_serve.planning.model.repo_files import RepoFile, is_inside
 
 _CHUNK = 4 * 2**20
@@ -53,11 +54,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class FileState:
-    """What became of one file: `whole`, `missing` or `damaged`, and then how."""
+    """What became of one file: `whole`, `missing` or `damaged`, and then how.
+
+    `checked` is what a whole one was like before it was read.
+    """
 
     file: RepoFile
     state: Literal["whole", "missing", "damaged"]
     found: str = ""
+    checked: CheckedFile | None = None
 
 
 def manifest_path(folder: Path) -> Path:
@@ -67,10 +72,21 @@ def manifest_path(folder: Path) -> Path:
     return folder / ".gemma-serve.json"
 
 
+def _manifest_elsewhere(folder: Path) -> Path:
+    """Where it is if that can't be written, as on a disk that is mounted read only."""
+    key = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
+    return state_dir() / "checked" / f"{key}.json"
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of `folder`, if it has one that can be read."""
+    # The other place first: it is only there while the first can't be written.
+    return _read(_manifest_elsewhere(folder)) or _read(manifest_path(folder))
+
+
+def _read(path: Path) -> Manifest | None:
     try:
-        content = json.loads(manifest_path(folder).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             return None
         files = {str(name): CheckedFile(**entry) for name, entry in content["files"].items()}
@@ -82,29 +98,21 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def write_manifest(
-    folder: Path, model: str, commit: str, files: Sequence[RepoFile], *, complete: bool = True
-) -> bool:
-    """Note that all `files` of `folder` were checked now; False where it can't be written."""
-    checked = {file.name: _stamp(folder / file.name, file.checksum) for file in files}
-    manifest = Manifest(model, commit, checked, complete)
-    path = manifest_path(folder)
+def write_manifest(folder: Path, manifest: Manifest) -> bool:
+    """Note what is in `folder`; False where that can't be kept anywhere."""
     text = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".manifest-")
-    except OSError:
-        return False  # a cache that is read only: the files will be read again
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError:
-        with suppress(OSError):
-            Path(name).unlink()
-        return False
-    return True
+    first, other = manifest_path(folder), _manifest_elsewhere(folder)
+    for path in (first, other):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+        except OSError:
+            continue
+        if path == first:
+            with suppress(OSError):
+                other.unlink(missing_ok=True)
+        return True
+    return False
 
 
 def check_file(
@@ -119,11 +127,12 @@ def check_file(
     """
     path = folder / file.name
     try:
-        size = path.stat().st_size
-        if size != file.size_bytes:
-            return FileState(file, "damaged", f"{size:,} bytes instead of {file.size_bytes:,}")
-        if file.checksum is None or checked == _stamp(path, file.checksum):
-            return FileState(file, "whole")
+        before = stamp(path, file.checksum)
+        if before.size_bytes != file.size_bytes:
+            found = f"{before.size_bytes:,} bytes instead of {file.size_bytes:,}"
+            return FileState(file, "damaged", found)
+        if file.checksum is None or checked == before:
+            return FileState(file, "whole", checked=before)
         found = content_checksum(path, len(file.checksum), on_bytes)
     except FileNotFoundError:
         return FileState(file, "missing")
@@ -131,14 +140,14 @@ def check_file(
         return FileState(file, "damaged", f"it can't be read: {error.strerror}")
     if found != file.checksum:
         return FileState(file, "damaged", "its checksum is not the one that the Hub promises")
-    return FileState(file, "whole")
+    return FileState(file, "whole", checked=before)
 
 
 def is_unchanged(folder: Path, manifest: Manifest) -> bool:
     """Whether every file of the manifest is there with the size and the times that it had."""
     try:
         return all(
-            _stamp(folder / name, known.checksum) == known for name, known in manifest.files.items()
+            stamp(folder / name, known.checksum) == known for name, known in manifest.files.items()
         )
     except OSError:
         return False
@@ -165,6 +174,11 @@ def content_checksum(
     return digest.hexdigest()
 
 
-def _stamp(path: Path, checksum: str | None) -> CheckedFile:
+def stamp(path: Path, checksum: str | None) -> CheckedFile:
+    """What a file is like now: its size and times, with the checksum that it is known to have.
+
+    Raises:
+        OSError: it isn't there.
+    """
     stat = path.stat()
     return CheckedFile(stat.st_size, checksum, stat.st_mtime_ns, stat.st_ctime_ns)

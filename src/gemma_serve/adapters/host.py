@@ -35,6 +35,14 @@ def free_disk_bytes(folder: Path) -> int | None:
     return None
 
 
+def can_write(folder: Path) -> bool:
+    """Whether this account may put files where `folder` is or will be."""
+    for place in (folder, *folder.absolute().parents):
+        if place.exists() or place.is_symlink():
+            return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    return False
+
+
 def usable_cores() -> tuple[int, ...]:
     """The CPU cores that this process may run on; empty where the platform doesn't say."""
     if not hasattr(os, "sched_getaffinity"):

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from gemma_serve.adapters.settings import STATE_DIR_VARIABLE
+from gemma_serve.adapters.whole_files import write_whole
 from gemma_serve.errors import GemmaServeError, UsageError
 
 _RECORD = "deployment.json"
@@ -48,13 +48,18 @@ def deployment_name(served_name: str, port: int) -> str:
 
 
 def deployments_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """The folder of all deployments; `GEMMA_SERVE_STATE_DIR` moves it."""
+    """The folder of all deployments."""
+    return state_dir(environ) / "deployments"
+
+
+def state_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where all that we keep is; `GEMMA_SERVE_STATE_DIR` moves it."""
     chosen = (os.environ if environ is None else environ).get(STATE_DIR_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser().absolute() / "deployments"
+        return Path(chosen).expanduser().absolute()
     import platformdirs
 
-    return platformdirs.user_state_path("gemma-serve") / "deployments"
+    return platformdirs.user_state_path("gemma-serve")
 
 
 def prepare_log(name: str, environ: Mapping[str, str] | None = None) -> Path:
@@ -84,15 +89,7 @@ def save_deployment(deployment: Deployment) -> None:
     folder = deployment.log.parent
     text = json.dumps(asdict(deployment), default=str, indent=1)
     try:
-        # mkstemp's files are 0600 from the start.
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".deployment-")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            temporary.replace(folder / _RECORD)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(folder / _RECORD, text, mode=0o600)
     except OSError as error:
         raise _unwritable(folder, error) from None
 

@@ -68,12 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # An answer may hold what the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
+    debug_before = os.environ.get("GEMMA_SERVE_DEBUG")
     try:
         return _run(args)
     except BrokenPipeError:
         # Whoever read our output has gone; without this, Python complains at its own end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_NO
+    finally:
+        if debug_before is None:
+            # `--debug` was for this run alone.
+            os.environ.pop("GEMMA_SERVE_DEBUG", None)
 
 
 def _run(args: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gemma_serve.usecases.local_files import (
     LocalFiles,
     cached_bytes,
     find_cached,
+    folder_bytes,
     problems_of_cached,
 )
 from gemma_serve.usecases.model_facts import as_folder, with_suggestion
@@ -38,6 +40,7 @@ class DiskSpace:
     free_bytes: int | None
     missing_bytes: int
     margin_bytes: int
+    can_write: bool = True
 
     @property
     def needed_bytes(self) -> int:
@@ -119,40 +122,42 @@ def check_access(
         report = _with_files(report, answer.repository, cache_dir, to)
     disk = None if report.disk is None else disk_problem(report.disk)
     soft = cached is not None and to is None
-    told = [replace(p, blocking=p.blocking and not soft) for p in problems]
-    return replace(report, problems=(*told, *([disk] if disk else [])))
+    told = (*problems, *([disk] if disk else []))
+    return replace(report, problems=tuple(replace(p, blocking=not soft) for p in told))
 
 
 def _with_files(
     report: AccessReport, repository: Repository, cache_dir: Path | None, to: Path | None
 ) -> AccessReport:
     files = files_to_serve(repository.files)
-    here = cached_bytes(report.model, repository.commit, files, cache_dir)
     if to is None:
-        missing = sum(file.size_bytes - here[file.name] for file in files)
-        return replace(
-            report, files=files, here=here, disk=_space(cache_folder(cache_dir), missing)
-        )
-    there = {f.name: _size_in(to, f) for f in files}
-    missing = sum(file.size_bytes - there[file.name] for file in files)
-    return replace(report, files=files, here=there, disk=_space(to, missing))
+        here = cached_bytes(report.model, repository.commit, files, cache_dir)
+        space = disk_space(cache_folder(cache_dir), files, here)
+    else:
+        here = folder_bytes(to, files)
+        space = disk_space(to, files, here)
+    return replace(report, files=files, here=here, disk=space)
 
 
-def _size_in(folder: Path, file: RepoFile) -> int:
-    try:
-        size = (folder / file.name).stat().st_size
-    except OSError:
-        return 0
-    return size if size == file.size_bytes else 0
-
-
-def _space(folder: Path, missing_bytes: int) -> DiskSpace:
-    margin = max(_LEAST_MARGIN_BYTES, int(missing_bytes * _MARGIN))
-    return DiskSpace(folder, host.free_disk_bytes(folder), missing_bytes, margin)
+def disk_space(folder: Path, files: Sequence[RepoFile], here: Mapping[str, int]) -> DiskSpace:
+    """The room for what of `files` is not `here` yet, by size, in bytes."""
+    missing = sum(file.size_bytes - here[file.name] for file in files)
+    margin = max(_LEAST_MARGIN_BYTES, int(missing * _MARGIN))
+    free = host.free_disk_bytes(folder)
+    return DiskSpace(folder, free, missing, margin, can_write=host.can_write(folder))
 
 
 def disk_problem(disk: DiskSpace) -> Problem | None:
-    """Why the files will not fit on the disk, or None if they will."""
+    """Why the files can't be put there, or None if they can."""
+    if not disk.missing_bytes:
+        return None
+    if not disk.can_write:
+        return Problem(
+            "hub.cache_unwritable",
+            f"{file_size(disk.missing_bytes)} are to be downloaded, and this account can't write "
+            f"to {disk.folder}",
+            hint="name a folder of yours with HF_HOME, `--download-dir` or `--to`",
+        )
     if disk.free_bytes is None or disk.free_bytes >= disk.needed_bytes:
         return None
     missing, margin = file_size(disk.missing_bytes), file_size(disk.margin_bytes)

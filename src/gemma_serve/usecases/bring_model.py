@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gemma_serve.adapters.host import port_problem
 from gemma_serve.errors import GemmaServeError
 from gemma_serve.planning.smoke import DEMO_MODEL
 from gemma_serve.usecases.check import CheckReport
 from gemma_serve.usecases.download import DownloadRequest, download
-from gemma_serve.usecases.events import OnEvent
+from gemma_serve.usecases.events import Noticed, OnEvent
 from gemma_serve.usecases.plan import ServePlan
 
 
@@ -34,7 +35,13 @@ def bring_model(
     if plan.model.location == str(result.folder) and not result.fetched_bytes:
         return plan
     plan = make_plan()
-    blocking = [problem for problem in plan.problems if problem.blocking]
+    # Downloads take hours, and others take ports.
+    port = port_problem(plan.config.host, plan.config.port)
+    problems = (*plan.problems, *([port] if port else []))
+    blocking = [problem for problem in problems if problem.blocking]
     if blocking:
         raise GemmaServeError.of(blocking)
+    for problem in problems:
+        if problem not in report.problems:
+            on_event(Noticed(problem))
     return plan

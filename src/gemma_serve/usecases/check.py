@@ -9,7 +9,6 @@ from typing import Literal
 from gemma_serve.adapters import host
 from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem
-from gemma_serve.planning.config import ServeConfig
 from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.access import AccessReport, check_access
 from gemma_serve.usecases.local_files import find_cached
@@ -78,7 +77,10 @@ def check(plan: ServePlan) -> CheckReport:
 
 def _access(plan: ServePlan) -> AccessReport | None:
     config = plan.config
-    if not _needs_the_hub(config):
+    if as_folder(config.model) is not None:
+        return None
+    here = find_cached(config.model, config.revision, config.download_dir)
+    if here is not None and here.is_known_whole:
         return None
     unreachable = [p for p in plan.problems if p.code == "hub.unreachable"]
     if unreachable:
@@ -90,14 +92,9 @@ def _access(plan: ServePlan) -> AccessReport | None:
         return AccessReport(
             config.model, config.revision, where, reached=False, problems=(blocking,)
         )
-    return check_access(config.model, config.revision, cache_dir=config.download_dir)
-
-
-def _needs_the_hub(config: ServeConfig) -> bool:
-    if as_folder(config.model) is not None:
-        return False
-    here = find_cached(config.model, config.revision, config.download_dir)
-    return here is None or not here.is_known_whole
+    # `up` takes the commit that is cached, if there is one.
+    revision = config.revision if here is None else here.commit
+    return check_access(config.model, revision, cache_dir=config.download_dir)
 
 
 def _row(
@@ -105,10 +102,11 @@ def _row(
 ) -> CheckRow:
     own = tuple(problem for problem in problems if _row_of(problem) == name)
     summary, known = _summary(name, plan, access)
-    if any(problem.blocking for problem in own):
-        return CheckRow(name, "failed", summary or own[0].message, own)
+    blocking = next((problem for problem in own if problem.blocking), None)
+    if blocking is not None:
+        return CheckRow(name, "failed", blocking.message, own)
     if own:
-        return CheckRow(name, "warning", summary or own[0].message, own)
+        return CheckRow(name, "warning", summary if summary and known else own[0].message, own)
     return CheckRow(name, "ok" if known else "unknown", summary)
 
 

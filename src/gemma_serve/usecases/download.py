@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event as Flag
-from threading import Lock, Thread
 from time import monotonic
 
-from gemma_serve.adapters.checkpoint import read_checkpoint, shards_of_index
-from gemma_serve.adapters.checksums import FileState, Manifest, read_manifest, write_manifest
+from gemma_serve.adapters.checkpoint import shards_of_index
+from gemma_serve.adapters.checksums import (
+    CheckedFile,
+    FileState,
+    Manifest,
+    read_manifest,
+    stamp,
+    write_manifest,
+)
 from gemma_serve.adapters.hub.access import Repository
-from gemma_serve.adapters.hub.cache import cached_repo, forget_file, remember_revision
-from gemma_serve.adapters.hub.client import download_timeout_s, is_offline, set_up_for_downloads
-from gemma_serve.adapters.hub.errors import Asked, offline_missing, problem_for, stalled
+from gemma_serve.adapters.hub.cache import cached_repo, forget_link, remember_revision
+from gemma_serve.adapters.hub.client import ask_side_by_side, is_offline, set_up_for_downloads
+from gemma_serve.adapters.hub.errors import (
+    Asked,
+    http_status,
+    offline_missing,
+    problem_for,
+    stalled,
+)
 from gemma_serve.adapters.hub.transfer import (
     CancelledError,
     Reporting,
-    begun_bytes,
+    ask_for_one_byte,
     fetch_to_cache,
     fetch_to_folder,
     only_writer,
 )
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.errors import GemmaServeError, Problem, Stopped, UsageError
-from gemma_serve.planning.model.repo_files import (
-    RepoFile,
-    files_to_serve,
-    with_shards_of_index,
-)
-from gemma_serve.usecases.access import AccessReport, check_access
+from gemma_serve.planning.model.repo_files import RepoFile, files_to_serve, with_shards_of_index
+from gemma_serve.usecases.access import AccessReport, check_access, disk_problem, disk_space
 from gemma_serve.usecases.events import (
     CheckingFiles,
     DownloadBegan,
     DownloadEnded,
-    DownloadProgress,
     FileDamaged,
     Noticed,
     OnEvent,
@@ -45,16 +52,17 @@ from gemma_serve.usecases.local_files import (
     LocalFiles,
     cached_bytes,
     check_files,
+    checkpoint_problems,
     find_cached,
+    folder_bytes,
     problems_of_cached,
 )
 from gemma_serve.usecases.model_facts import as_folder
+from gemma_serve.usecases.transfers import Sum, Transfers
 
 _TICK_S = 0.2
-# Files at a time. One connection seldom fills a fast line.
-_AT_ONCE = 4
-# Over which the rate is taken.
-_WINDOW_S = 10.0
+# For one more question, once nothing has come for long.
+_WHY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -117,12 +125,13 @@ def download(
 
 
 @dataclass(frozen=True)
-class _Ways:
-    """How files get to one place: `begun` is how many bytes of some are left of an earlier try."""
+class _Place:
+    """Where a repository's files are put, and how; `here` is how much of each is there by size."""
 
+    repository: Repository
+    folder: Path
     fetch: Callable[[RepoFile, Reporting], None]
-    forget: Callable[[FileState], None]
-    begun: Callable[[Sequence[RepoFile]], int]
+    here: Callable[[Sequence[RepoFile]], dict[str, int]]
 
 
 class _Download:
@@ -135,11 +144,14 @@ class _Download:
         self.begun = monotonic()
         self.cancelled = Flag()
         self.damaged: list[str] = []
+        self.checked: dict[str, CheckedFile] = {}
         self.has_token = False
 
     def run(self, access: AccessReport | None) -> DownloadResult:
         request = self.request
         folder = as_folder(request.model)
+        if request.to is not None:
+            _refuse_usage(request.model, folder, request.to)
         if folder is not None:
             return self._of_folder(folder)
         here = None
@@ -149,79 +161,80 @@ class _Download:
             return self._offline(here)
         if here is not None and not request.refresh and self._is_right(here):
             return self._result(here.folder, here.commit, here.listing)
-        report = access or self._ask()
-        return self._by_report(report, here)
+        return self._by_report(access or self._ask(here), here)
 
     def _offline(self, here: LocalFiles | None) -> DownloadResult:
         """Make do with the cache, also where it is to be copied to a folder."""
         request = self.request
         if request.to is None:
-            return self._as_it_is(here, complete=False)
+            return self._as_it_is(here)
         cached = find_cached(request.model, request.revision, request.cache_dir)
         if cached is None or cached.commit is None:
-            return self._as_it_is(None, complete=False)
+            return self._as_it_is(None)
         listed = Repository(
             request.model, cached.commit, gated=False, private=False, files=cached.listing
         )
         return self._alone_into(request.to, listed)
 
-    def _alone_into(self, folder: Path, repository: Repository) -> DownloadResult:
-        with only_writer(folder) as alone:
-            if not alone:
-                raise _busy(folder)
-            return self._into_folder(repository, folder)
-
-    def _ask(self) -> AccessReport:
+    def _ask(self, here: LocalFiles | None) -> AccessReport:
         request = self.request
+        revision = request.revision
+        if here is not None and not request.refresh:
+            # What is cached is taken, and only what it lacks is asked for.
+            revision = here.commit
         return self.inbox.during(
             lambda: check_access(
-                request.model, request.revision, cache_dir=request.cache_dir, to=request.to
+                request.model, revision, cache_dir=request.cache_dir, to=request.to
             ),
             self._heed_signals,
             _TICK_S,
         )
 
     def _by_report(self, report: AccessReport, here: LocalFiles | None) -> DownloadResult:
+        repository = report.repository
+        is_newer = repository is not None and here is not None and repository.commit != here.commit
+        if report.problems and is_newer:
+            # What is here could be served, but a newer one was asked for.
+            raise GemmaServeError.of([replace(p, blocking=True) for p in report.problems])
         if not report.ok:
             raise GemmaServeError.of([p for p in report.problems if p.blocking])
         for problem in report.problems:
             self.on_event(Noticed(problem))
         self.has_token = report.token is not None and report.token.is_sent
-        if report.repository is None or (here is not None and report.problems):
+        if repository is None or (here is not None and report.problems):
             # What is here can be served, and what little it may lack can't be had now.
-            return self._as_it_is(here, complete=False)
+            return self._as_it_is(here)
         if self.request.to is None:
-            return self._into_cache(report.repository)
-        return self._alone_into(self.request.to, report.repository)
+            return self._into_cache(repository)
+        return self._alone_into(self.request.to, repository)
 
     def _of_folder(self, folder: Path) -> DownloadResult:
         """A folder that `download --to` made is compared with what was noted then."""
         manifest = read_manifest(folder)
         if manifest is None:
             return self._result(folder, None, ())
+        if not manifest.complete:
+            raise GemmaServeError.of([_broken_off(folder, manifest)])
         here = LocalFiles(folder, manifest.commit, manifest)
         if not here.is_known_whole:
-            self._refuse_damage(folder, self._check(folder, manifest.listing, manifest))
-            write_manifest(folder, manifest.model, manifest.commit, manifest.listing)
+            self._note(folder, manifest, self._refuse_damage(here))
         return self._result(folder, manifest.commit, manifest.listing)
 
-    def _as_it_is(self, here: LocalFiles | None, *, complete: bool) -> DownloadResult:
+    def _as_it_is(self, here: LocalFiles | None) -> DownloadResult:
         """What the cache holds, where the Hub can't be asked: right or refused."""
         if here is None:
-            request = self.request
-            raise GemmaServeError.of(
-                [
-                    offline_missing(request.model),
-                    *problems_of_cached(request.model, request.revision, request.cache_dir),
-                ]
-            )
+            raise GemmaServeError.of(self._missing())
         if not self._is_right(here):
-            listing = here.listing
-            self._refuse_damage(here.folder, self._check(here.folder, listing, here.manifest))
-            write_manifest(
-                here.folder, self.request.model, here.folder.name, listing, complete=complete
-            )
+            states = self._refuse_damage(here)
+            # Nobody could say whether these are all the files.
+            noted = Manifest(self.request.model, here.folder.name, complete=False)
+            self._note(here.folder, noted, states)
         return self._result(here.folder, here.commit, here.listing)
+
+    def _missing(self) -> list[Problem]:
+        request = self.request
+        wrong = problems_of_cached(request.model, request.revision, request.cache_dir)
+        return [offline_missing(request.model), *wrong]
 
     def _is_right(self, here: LocalFiles) -> bool:
         """Whether all that was noted is there; what changed is read again."""
@@ -233,13 +246,21 @@ class _Download:
         states = self._check(here.folder, manifest.listing, manifest)
         if any(state.state != "whole" for state in states):
             return False
-        write_manifest(here.folder, manifest.model, manifest.commit, manifest.listing)
+        self._note(here.folder, manifest, states)
         return True
 
-    def _refuse_damage(self, folder: Path, states: Sequence[FileState]) -> None:
+    def _refuse_damage(self, here: LocalFiles) -> tuple[FileState, ...]:
+        states = self._check(here.folder, here.listing, here.manifest)
         bad = [state for state in states if state.state != "whole"]
         if bad:
-            raise GemmaServeError.of([_damage(folder, state, self.request.model) for state in bad])
+            model = self.request.model
+            raise GemmaServeError.of([_damage(here.folder, state, model) for state in bad])
+        return states
+
+    def _note(self, folder: Path, manifest: Manifest, states: Sequence[FileState]) -> None:
+        """Keep what was found of files that are all whole."""
+        checked = {state.file.name: state.checked for state in states if state.checked is not None}
+        write_manifest(folder, replace(manifest, files=checked))
 
     def _into_cache(self, repository: Repository) -> DownloadResult:
         repo = cached_repo(repository.model, self.request.cache_dir)
@@ -248,29 +269,34 @@ class _Download:
         def fetch(file: RepoFile, reporting: Reporting) -> None:
             fetch_to_cache(repo, repository.commit, file, reporting)
 
-        def forget(state: FileState) -> None:
-            forget_file(snapshot, state.file.name)
+        def here(files: Sequence[RepoFile]) -> dict[str, int]:
+            return cached_bytes(repo.model, snapshot.name, files, self.request.cache_dir)
 
-        def begun(files: Sequence[RepoFile]) -> int:
-            cache_dir = self.request.cache_dir
-            return sum(cached_bytes(repo.model, snapshot.name, files, cache_dir).values())
-
-        result = self._complete(repository, snapshot, _Ways(fetch, forget, begun))
+        result = self._complete(_Place(repository, snapshot, fetch, here))
         remember_revision(repo, self.request.revision, repository.commit)
         return result
 
-    def _into_folder(self, repository: Repository, folder: Path) -> DownloadResult:
+    def _alone_into(self, folder: Path, repository: Repository) -> DownloadResult:
         former = read_manifest(folder)
-        if former is not None and former.model != repository.model:
-            raise UsageError(
-                f"{folder} holds {former.model}; a new or an empty folder is wanted",
-                code="download.other_model",
-                hint=f"give another one: `--to {folder.name}-{repository.model.split('/')[-1]}`",
-            )
-        if former is not None:
-            # An index that the repository no longer has would be taken for this commit's.
-            for name in former.files.keys() - {file.name for file in repository.files}:
-                (folder / name).unlink(missing_ok=True)
+        _refuse_others(folder, repository, former)
+        files = files_to_serve(repository.files)
+        problem = disk_problem(disk_space(folder, files, folder_bytes(folder, files)))
+        if problem is not None:
+            raise GemmaServeError.of([problem])
+        with only_writer(folder) as alone:
+            if not alone:
+                raise _busy(folder)
+            return self._into_folder(repository, folder, former)
+
+    def _into_folder(
+        self, repository: Repository, folder: Path, former: Manifest | None
+    ) -> DownloadResult:
+        before = {} if former is None else former.files
+        # So that it is known as ours, and as half a one, should this break off.
+        mark = Manifest(repository.model, repository.commit, before, complete=False)
+        write_manifest(folder, mark)
+        # An index that the repository no longer has would be taken for this commit's.
+        self._remove(folder, before.keys() - {file.name for file in repository.files})
         cached = cached_repo(repository.model, self.request.cache_dir).snapshot(repository.commit)
 
         def fetch(file: RepoFile, reporting: Reporting) -> None:
@@ -284,57 +310,43 @@ class _Download:
                 cached=there if there.is_file() else None,
             )
 
-        def forget(state: FileState) -> None:
-            (folder / state.file.name).unlink(missing_ok=True)
+        def here(files: Sequence[RepoFile]) -> dict[str, int]:
+            return folder_bytes(folder, files)
 
-        def begun(files: Sequence[RepoFile]) -> int:
-            return sum(begun_bytes(folder, file) for file in files)
-
-        result = self._complete(repository, folder, _Ways(fetch, forget, begun))
-        if former is not None:
-            # Of an older commit: vLLM would load a weight file that is no longer of the model.
-            for name in former.files.keys() - {file.name for file in result.files}:
-                (folder / name).unlink(missing_ok=True)
+        result = self._complete(_Place(repository, folder, fetch, here))
+        # Of an older commit: vLLM would load a weight file that is no longer of the model.
+        self._remove(folder, before.keys() - {file.name for file in result.files})
         return result
 
-    def _complete(
-        self,
-        repository: Repository,
-        folder: Path,
-        ways: _Ways,
-    ) -> DownloadResult:
-        """Fetch what is missing or damaged in `folder`, and show that it is a whole checkpoint."""
+    def _remove(self, folder: Path, names: Iterable[str]) -> None:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+
+    def _complete(self, place: _Place) -> DownloadResult:
+        """Fetch what is missing or damaged, and show that it is a whole checkpoint."""
+        repository, folder = place.repository, place.folder
         wanted = files_to_serve(repository.files)
-        manifest = read_manifest(folder)
-        states = self._check(folder, wanted, manifest)
+        states = self._check(folder, wanted, read_manifest(folder))
         for state in states:
+            if state.checked is not None:
+                self.checked[state.file.name] = state.checked
             if state.state == "damaged":
                 self.damaged.append(state.file.name)
                 self.on_event(FileDamaged(state.file.name, state.found))
-                ways.forget(state)
+                forget_link(folder, state.file.name)
         missing = [state.file for state in states if state.state != "whole"]
-        fetched = self._fetch(repository, folder, wanted, missing, ways)
+        fetched = self._fetch(place, wanted, missing)
         named = with_shards_of_index(wanted, repository.files, shards_of_index(folder))
         late = [file for file in named if file not in wanted]
-        if late:
-            fetched += self._fetch(repository, folder, named, late, ways)
-        problems = [p for p in read_checkpoint(folder).problems if p.blocking]
+        fetched += self._fetch(place, named, late)
+        problems = checkpoint_problems(folder)
         if problems:
             raise GemmaServeError.of(problems)
-        write_manifest(folder, repository.model, repository.commit, named)
+        files = {file.name: self.checked[file.name] for file in named}
+        write_manifest(folder, Manifest(repository.model, repository.commit, files))
         result = self._result(folder, repository.commit, named, fetched)
         if missing or late:
-            self.on_event(
-                DownloadEnded(
-                    repository.model,
-                    repository.commit,
-                    folder,
-                    len(named),
-                    result.total_bytes,
-                    fetched,
-                    result.duration_s,
-                )
-            )
+            self.on_event(_ended(result, repository))
         return result
 
     def _check(
@@ -342,7 +354,7 @@ class _Download:
     ) -> tuple[FileState, ...]:
         """Compare files with their checksums, and show how far that is."""
         total = sum(file.size_bytes for file in files)
-        read = _Sum()
+        read = Sum()
 
         def on_bytes(count: int) -> None:
             if self.cancelled.is_set():
@@ -358,43 +370,44 @@ class _Download:
             lambda: check_files(folder, files, manifest, on_bytes), look, _TICK_S
         )
 
-    def _fetch(
-        self,
-        repository: Repository,
-        folder: Path,
-        wanted: Sequence[RepoFile],
-        missing: Sequence[RepoFile],
-        ways: _Ways,
-    ) -> int:
+    def _fetch(self, place: _Place, wanted: Sequence[RepoFile], missing: Sequence[RepoFile]) -> int:
         """Fetch the `missing` files, several at once; how many bytes came."""
         if not missing:
             return 0
-        transfers = _Transfers(wanted, missing, self.cancelled, self.inbox.wake)
-        self.on_event(
-            DownloadBegan(
-                repository.model,
-                repository.commit,
-                folder,
-                len(wanted),
-                sum(file.size_bytes for file in wanted),
-                sum(file.size_bytes for file in missing) - ways.begun(missing),
-            )
-        )
-        transfers.start(ways.fetch)
+
+        def fetch(file: RepoFile, reporting: Reporting) -> None:
+            place.fetch(file, reporting)
+            self.checked[file.name] = stamp(place.folder / file.name, file.checksum)
+
+        transfers = Transfers(wanted, missing, self.cancelled, self.inbox.wake)
+        self.on_event(_began(place, wanted, missing))
+        transfers.start(fetch)
         while not transfers.ended:
             self._heed_signals()
             self.on_event(transfers.progress())
             if transfers.is_stalled():
                 self.cancelled.set()
-                raise GemmaServeError.of([stalled(transfers.still_s())])
+                raise GemmaServeError.of([self._why_nothing_comes(place.repository, transfers)])
             self.inbox.wait(_TICK_S)
         self._heed_signals()
         if transfers.error is not None:
             self.cancelled.set()
-            asked = Asked(repository.model, self.request.revision, has_token=self.has_token)
-            raise GemmaServeError.of([problem_for(transfers.error, asked)]) from transfers.error
+            found = problem_for(transfers.error, self._asked())
+            raise GemmaServeError.of([found]) from transfers.error
         self.on_event(transfers.progress())
         return transfers.fetched_bytes
+
+    def _why_nothing_comes(self, repository: Repository, transfers: Transfers) -> Problem:
+        still_s = transfers.still_s()
+        ask = partial(ask_for_one_byte, repository.model, repository.commit)
+        questions = {f.name: partial(ask, f, _WHY_S) for f in transfers.in_flight[:1]}
+        for answer in ask_side_by_side(questions, _WHY_S).values():
+            if isinstance(answer, Exception) and http_status(answer) is not None:
+                return problem_for(answer, self._asked())
+        return stalled(still_s)
+
+    def _asked(self) -> Asked:
+        return Asked(self.request.model, self.request.revision, has_token=self.has_token)
 
     def _heed_signals(self) -> None:
         if self.inbox.signals:
@@ -419,137 +432,94 @@ class _Download:
         )
 
 
-class _Sum:
-    """A number that several threads add to."""
+def _began(place: _Place, wanted: Sequence[RepoFile], missing: Sequence[RepoFile]) -> DownloadBegan:
+    yet_to_come = sum(file.size_bytes for file in missing) - sum(place.here(missing).values())
+    return DownloadBegan(
+        place.repository.model,
+        place.repository.commit,
+        place.folder,
+        len(wanted),
+        sum(file.size_bytes for file in wanted),
+        yet_to_come,
+    )
 
-    def __init__(self) -> None:
-        self.value = 0
-        self._lock = Lock()
 
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.value += count
+def _ended(result: DownloadResult, repository: Repository) -> DownloadEnded:
+    return DownloadEnded(
+        repository.model,
+        repository.commit,
+        result.folder,
+        len(result.files),
+        result.total_bytes,
+        result.fetched_bytes,
+        result.duration_s,
+    )
 
 
-class _Transfers:
-    """Files on their way, a few at a time; the first error ends them all."""
+def _refuse_usage(model: str, folder: Path | None, to: Path) -> None:
+    """What `--to` can't mean.
 
-    def __init__(
-        self,
-        wanted: Sequence[RepoFile],
-        missing: Sequence[RepoFile],
-        cancelled: Flag,
-        wake: Callable[[], None],
-    ) -> None:
-        self.error: Exception | None = None
-        self.ended = False
-        self._wanted = wanted
-        self._waiting = deque(missing)
-        self._missing = len(missing)
-        self._cancelled = cancelled
-        self._wake = wake
-        names = {file.name for file in missing}
-        self._sizes = {f.name: 0 if f.name in names else f.size_bytes for f in wanted}
-        self._resumed: dict[str, int] = {}
-        self._finished: set[str] = set()
-        self._lock = Lock()
-        self._alive_at = monotonic()
-        self._has_bytes = False
-        self._window: deque[tuple[float, int]] = deque()
-
-    def start(self, fetch: Callable[[RepoFile, Reporting], None]) -> None:
-        """Begin; `ended` says when all is over."""
-        workers = [
-            Thread(target=self._work, args=(fetch,), name="download", daemon=True)
-            for _ in range(min(_AT_ONCE, self._missing))
-        ]
-        for worker in workers:
-            worker.start()
-
-    def _work(self, fetch: Callable[[RepoFile, Reporting], None]) -> None:
-        while not self._cancelled.is_set():
-            try:
-                file = self._waiting.popleft()
-            except IndexError:
-                return
-            try:
-                fetch(file, self._reporting(file))
-            except Exception as error:
-                self._fail(error)
-                return
-            self._finish(file)
-
-    def _reporting(self, file: RepoFile) -> Reporting:
-        return Reporting(
-            on_size=lambda size: self._note(file.name, size),
-            on_life=self._live,
-            is_cancelled=self._cancelled.is_set,
+    Raises:
+        UsageError: always the answer then; nothing was asked or touched.
+    """
+    if folder is not None:
+        raise UsageError(
+            f"{model} is on this machine already, in {folder}",
+            code="usage",
+            hint=f"copy that folder, or serve it with `--model {model}`",
+        )
+    if to.exists() and not to.is_dir():
+        raise UsageError(
+            f"{to} is a file, and a folder is wanted",
+            code="usage",
+            hint="give a new folder: `--to DIR`",
         )
 
-    def _note(self, name: str, size: int) -> None:
-        with self._lock:
-            # What was on the disk before is not what came, unless it was thrown away.
-            self._resumed[name] = min(size, self._resumed.get(name, size))
-            if size != self._sizes[name]:
-                self._alive_at = monotonic()
-                self._has_bytes = self._has_bytes or size > self._resumed[name]
-            self._sizes[name] = size
 
-    def _live(self) -> None:
-        self._alive_at = monotonic()
+def _refuse_others(folder: Path, repository: Repository, former: Manifest | None) -> None:
+    """A folder with somebody's own files is no place for a model's.
 
-    def _finish(self, file: RepoFile) -> None:
-        with self._lock:
-            self._sizes[file.name] = file.size_bytes
-            self._finished.add(file.name)
-            self._alive_at = monotonic()
-            self._has_bytes = True
-            if len(self._finished) == self._missing:
-                self.ended = True
-        self._wake()
+    Raises:
+        UsageError: nothing was touched.
+    """
+    if former is not None and former.model == repository.model:
+        return
+    holds = former.model if former is not None else _stranger_in(folder, repository)
+    if holds is not None:
+        raise UsageError(
+            f"{folder} holds {holds}, which is not of {repository.model}; a new or an empty "
+            "folder is wanted",
+            code="download.not_empty",
+            hint=f"give another one: `--to {folder}-{repository.model.split('/')[-1]}`",
+        )
 
-    def _fail(self, error: Exception) -> None:
-        with self._lock:
-            if self.error is None and not isinstance(error, CancelledError):
-                self.error = error
-            self.ended = True
-        self._waiting.clear()
-        self._wake()
 
-    @property
-    def fetched_bytes(self) -> int:
-        """What came over the network: the files that are here now, less what was before."""
-        names = self._finished
-        return sum(self._sizes[name] - self._resumed.get(name, 0) for name in names)
+def _stranger_in(folder: Path, repository: Repository) -> str | None:
+    """A file that the repository does not have like this; half files of ours are hidden ones."""
+    if not folder.is_dir():
+        return None
+    sizes = {file.name: file.size_bytes for file in repository.files}
+    folders = {file.name.split("/")[0] for file in repository.files if "/" in file.name}
+    for path in sorted(folder.iterdir()):
+        known = path.name in folders if path.is_dir() else _size(path) == sizes.get(path.name)
+        if not known and not path.name.startswith("."):
+            return path.name
+    return None
 
-    def still_s(self) -> float:
-        """For how long nothing has moved."""
-        return monotonic() - self._alive_at
 
-    def is_stalled(self) -> bool:
-        """Whether nothing has come for longer than any Hub takes to answer."""
-        first, later = download_timeout_s()
-        return self.still_s() > (later if self._has_bytes else first)
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
-    def progress(self) -> DownloadProgress:
-        """How far it is."""
-        with self._lock:
-            done = sum(self._sizes.values())
-            files = len(self._wanted) - self._missing + len(self._finished)
-        rate = self._rate(done)
-        total = sum(file.size_bytes for file in self._wanted)
-        left = (total - done) / rate if rate else None
-        return DownloadProgress(done, total, files, len(self._wanted), rate, left)
 
-    def _rate(self, done: int) -> float | None:
-        now = monotonic()
-        self._window.append((now, done))
-        while now - self._window[0][0] > _WINDOW_S:
-            self._window.popleft()
-        since, before = self._window[0]
-        if now - since < 1.0 or done <= before:
-            return None
-        return (done - before) / (now - since)
+def _broken_off(folder: Path, manifest: Manifest) -> Problem:
+    return Problem(
+        "model.weights_missing",
+        f"the download of {manifest.model} into {folder} did not end",
+        hint=f"run it again: `gemma-serve download --model {manifest.model} --to {folder}`",
+    )
 
 
 def _busy(folder: Path) -> GemmaServeError:

@@ -16,6 +16,7 @@ from gemma_serve.adapters.checksums import (
     read_manifest,
 )
 from gemma_serve.adapters.hub.cache import cached_repo, cached_snapshot, files_of_snapshot
+from gemma_serve.adapters.hub.transfer import partial_in
 from gemma_serve.errors import Problem
 from gemma_serve.planning.model.repo_files import RepoFile
 
@@ -54,7 +55,7 @@ def find_cached(
 ) -> LocalFiles | None:
     """The model in the local cache, if config, tokenizer and all weights seem to be there."""
     snapshot = cached_snapshot(model, revision, cache_dir)
-    if snapshot is None or not _can_be_served(snapshot):
+    if snapshot is None or checkpoint_problems(snapshot):
         return None
     manifest = read_manifest(snapshot)
     if manifest is not None and not all((snapshot / n).is_file() for n in manifest.files):
@@ -67,9 +68,7 @@ def problems_of_cached(
 ) -> tuple[Problem, ...]:
     """What keeps a snapshot that is in the cache from being served."""
     snapshot = cached_snapshot(model, revision, cache_dir)
-    if snapshot is None:
-        return ()
-    return tuple(p for p in read_checkpoint(snapshot).problems if p.blocking)
+    return () if snapshot is None else checkpoint_problems(snapshot)
 
 
 def cached_bytes(
@@ -79,6 +78,14 @@ def cached_bytes(
     repo = cached_repo(model, cache_dir)
     return {
         file.name: _bytes_here(file, _places(repo.snapshot(commit), repo.folder, file))
+        for file in files
+    }
+
+
+def folder_bytes(folder: Path, files: Sequence[RepoFile]) -> dict[str, int]:
+    """How much of each file a plain folder has, whole or begun; by size, nothing is read."""
+    return {
+        file.name: _bytes_here(file, (folder / file.name, partial_in(folder, file)))
         for file in files
     }
 
@@ -99,11 +106,21 @@ def check_files(
         return tuple(states)
 
 
-def _can_be_served(folder: Path) -> bool:
-    reading = read_checkpoint(folder)
-    if reading.facts is None or any(problem.blocking for problem in reading.problems):
-        return False
-    return any((folder / name).is_file() for name in _TOKENIZERS)
+def checkpoint_problems(folder: Path) -> tuple[Problem, ...]:
+    """What keeps a folder with a model's files from being served, as far as headers tell."""
+    problems = tuple(p for p in read_checkpoint(folder).problems if p.blocking)
+    if problems or any((folder / name).is_file() for name in _TOKENIZERS):
+        return problems
+    return (_no_tokenizer(folder),)
+
+
+def _no_tokenizer(folder: Path) -> Problem:
+    return Problem(
+        "model.no_tokenizer",
+        f"{folder} has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt",
+        hint="take a model that brings its tokenizer, or copy the tokenizer of the model that it "
+        "was made from into a folder of your own",
+    )
 
 
 def _places(snapshot: Path, repo: Path, file: RepoFile) -> Sequence[Path]:

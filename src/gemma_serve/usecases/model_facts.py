@@ -104,7 +104,9 @@ def with_suggestion(model: str, problems: Sequence[Problem]) -> tuple[Problem, .
     if near is None or near == model:
         return tuple(problems)
     return tuple(
-        replace(p, hint=f"did you mean `--model {near}`?") if p.code == "hub.not_found" else p
+        replace(p, hint=f"did you mean `--model {near}`? If not: {p.hint}")
+        if p.code == "hub.not_found"
+        else p
         for p in problems
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.access import AccessReport
 from gemma_serve.usecases.check import disk_summary
+from gemma_serve.usecases.local_files import LocalFiles
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,7 +45,11 @@ def access_data(report: AccessReport) -> dict[str, Any]:
         },
         "cached": None
         if report.cached is None
-        else {"folder": str(report.cached.folder), "commit": report.cached.commit},
+        else {
+            "folder": str(report.cached.folder),
+            "commit": report.cached.commit,
+            "is_known_whole": report.cached.is_known_whole,
+        },
         "disk": None
         if disk is None
         else {
@@ -85,7 +90,8 @@ def _rows(report: AccessReport) -> list[tuple[str, str]]:
 def _endpoint(report: AccessReport) -> str:
     if report.offline:
         return f"{report.endpoint}, not asked: HF_HUB_OFFLINE is set"
-    return f"{report.endpoint}, {'reached' if report.reached else 'not reached'}"
+    reached = {True: "reached", False: "not reached", None: "not asked"}
+    return f"{report.endpoint}, {reached[report.reached]}"
 
 
 def _token(report: AccessReport) -> str:
@@ -112,7 +118,16 @@ def _licence(report: AccessReport) -> str:
     gated = report.repository is not None and report.repository.gated
     if report.allowed:
         return "accepted" if gated else "the files are open to this account"
+    if gated and report.token is None:
+        return "to be accepted, and asked for with a token"
     return "not accepted by this account" if gated else "the files are not open to this account"
+
+
+def _cached_text(report: AccessReport, cached: LocalFiles) -> str:
+    newer = report.repository is not None and report.repository.commit != cached.commit
+    older = ", which is not the newest" if newer else ""
+    checked = "whole" if cached.is_known_whole else "not compared with its checksums yet"
+    return f"holds the model at commit {(cached.commit or '')[:12]}{older}, {checked}"
 
 
 def _files(report: AccessReport) -> str:
@@ -126,7 +141,7 @@ def _files(report: AccessReport) -> str:
 
 def _cache(report: AccessReport) -> str:
     if report.cached is not None:
-        return f"holds the model whole in {report.cached.folder}"
+        return _cached_text(report, report.cached)
     if report.repository is None:
         return "does not hold the model whole"
     return (

@@ -26,7 +26,7 @@ from gemma_serve.adapters.hub.errors import (
 )
 from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem
-from gemma_serve.planning.model.repo_files import RepoFile
+from gemma_serve.planning.model.repo_files import RepoFile, is_inside
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ class Repository:
 class HubAnswer:
     """What the Hub says of a model to whoever asks now.
 
-    `reached` is False where no answer came that could be the Hub's. `allowed` is whether the
-    files may be read, None where that is not known. `problems` are all blocking, each code once.
+    `reached` is False where no answer came that could be the Hub's, None where it wasn't asked.
+    `allowed` is whether the files may be read, None where that is not known. `problems` are all
+    blocking, each code once.
     """
 
     endpoint: str
-    reached: bool
+    reached: bool | None = None
     token: Token | None = None
     repository: Repository | None = None
     allowed: bool | None = None
@@ -84,7 +85,7 @@ def ask_access(
     # The client may have to ask for a token, or to renew one.
     source = ask_side_by_side({"token": find_token}, time_limit_s)["token"]
     if isinstance(source, Exception):
-        return HubAnswer(where, reached=False, problems=(problem_for(source, Asked(model)),))
+        return HubAnswer(where, problems=(problem_for(source, Asked(model)),))
     left_s = max(1.0, time_limit_s - (monotonic() - begun))
     answers = ask_side_by_side(_questions(model, revision, source, left_s), left_s)
     token = _token(source, answers.get("account"))
@@ -93,12 +94,17 @@ def ask_access(
     failed = [answers[name] for name in ("listing", "licence", "file")]
     problems = _told_once([problem_for(e, asked) for e in failed if isinstance(e, Exception)])
     if token is not None and token.valid is False:
-        problems = (invalid_token(),)
+        # A mirror may know the files and not the accounts.
+        if problems:
+            problems = (invalid_token(),)
+        else:
+            token = replace(token, valid=None)
     if source is not None and not source.is_sent:
         problems = tuple(
             token_held_back(model) if p.code == "hub.no_token" else p for p in problems
         )
-    if token is not None and token.may_read_gated is False and _refused(problems):
+    gated = repository is None or repository.gated
+    if token is not None and token.may_read_gated is False and gated and _refused(problems):
         problems = (token_lacks_permission(model),)
     read = [answers["licence"], answers["file"]]
     return HubAnswer(
@@ -145,7 +151,8 @@ def list_repository(
             files = _tree(api, model, info.sha)
         else:
             files = tuple(_file(f.rfilename, f.size, f.blob_id, f.lfs) for f in listed)
-        return Repository(model, info.sha, bool(info.gated), bool(info.private), files)
+        safe = tuple(file for file in files if is_inside(file.name))
+        return Repository(model, info.sha, bool(info.gated), bool(info.private), safe)
 
 
 def _tree(api: Any, model: str, commit: str) -> tuple[RepoFile, ...]:
@@ -221,8 +228,10 @@ def _token(source: TokenSource | None, answer: object) -> Token | None:
     )
 
 
+_PROXY_WANTS_A_PASSWORD = 407
+
 # The more of the others an answer explains, the earlier it stands.
-_TELLING = ("hub.invalid_token", "hub.not_found", "hub.offline_missing", "hub.rate_limited")
+_TELLING = ("hub.invalid_token", "hub.not_found", "hub.offline_missing")
 
 
 def _told_once(problems: list[Problem]) -> tuple[Problem, ...]:
@@ -253,4 +262,4 @@ def _is_the_hubs(name: str, answer: object) -> bool:
     if not isinstance(answer, Exception):
         # Of the licence only the status was read, and a login page has the same.
         return name != "licence"
-    return http_status(answer) is not None
+    return http_status(answer) not in (None, _PROXY_WANTS_A_PASSWORD)

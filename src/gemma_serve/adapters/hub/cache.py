@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_serve.adapters.hub.client import cache_folder
+from gemma_serve.adapters.whole_files import write_whole
 from gemma_serve.planning.model.repo_files import RepoFile
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -75,16 +74,9 @@ def remember_revision(repo: CachedRepo, revision: str | None, commit: str) -> No
         return
     ref = repo.folder / "refs" / revision
     ref.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=ref.parent.parent, prefix=".ref-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(commit)
-        Path(name).chmod(0o644)
-        Path(name).replace(ref)
-    except OSError:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
+    # Beside it, a file that a kill leaves would be a revision of its own.
+    write_whole(repo.folder / f"ref-{commit}", commit)
+    (repo.folder / f"ref-{commit}").replace(ref)
 
 
 def promised_checksum(file: Path) -> str | None:
@@ -109,12 +101,19 @@ def files_of_snapshot(snapshot: Path) -> tuple[RepoFile, ...]:
     return tuple(found)
 
 
+def forget_link(snapshot: Path, name: str) -> None:
+    """Take a damaged file out of the snapshot; the blob stays, which others may be mending."""
+    (snapshot / name).unlink(missing_ok=True)
+
+
 def forget_file(snapshot: Path, name: str) -> None:
-    """Remove a damaged file: the link in the snapshot, and the blob that it leads to."""
-    link = snapshot / name
-    blob = Path(os.path.normpath(link.parent / link.readlink())) if link.is_symlink() else None
-    link.unlink(missing_ok=True)
-    if blob is not None:
-        # A shared store keeps what others may use; the link to it goes.
-        with suppress(FileNotFoundError):
-            blob.unlink()
+    """Remove a damaged file with its blob, also where that is a link into a shared store."""
+    in_cache = snapshot.parent.name == "snapshots"
+    root = snapshot.parents[2] if in_cache else snapshot
+    path = snapshot / name
+    while path.is_relative_to(root):
+        target = path.parent / path.readlink() if path.is_symlink() else None
+        path.unlink(missing_ok=True)
+        if target is None:
+            return
+        path = Path(os.path.normpath(target))

@@ -46,14 +46,14 @@ def endpoint() -> str:
 
 
 def download_timeout_s() -> tuple[float, float]:
-    """For how long nothing may come: before the first byte, and once some have come.
+    """For how long nothing may come: before a file's first byte, and once some have come.
 
     HF_HUB_DOWNLOAD_TIMEOUT is how long the client waits for one answer; it then tries again.
     """
     from huggingface_hub import constants
 
     one = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    return one + 2, max(60.0, 2 * one)
+    return one + 1, max(60.0, 2 * one)
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:

@@ -96,7 +96,7 @@ def _table() -> Iterator[tuple[type[BaseException], Callable[[Any, Asked], Probl
         ("HfUriError", lambda _, asked: not_found(asked, "is no name of the Hub's")),
         ("OfflineModeIsEnabled", lambda _, asked: offline_missing(asked.model)),
         ("LocalTokenNotFoundError", _no_token),
-        ("OIDCError", _invalid_token),
+        ("OIDCError", _no_exchange),
         ("DeviceCodeError", _invalid_token),
         ("GatedRepoError", _gated),
         ("DisabledRepoError", _disabled),
@@ -109,7 +109,7 @@ def _table() -> Iterator[tuple[type[BaseException], Callable[[Any, Asked], Probl
         ("HfHubHTTPError", _http_problem),
         ("FileMetadataError", _not_the_hub),
         ("XetDownloadError", _unreachable),
-        ("XetError", _invalid_token),
+        ("XetError", _unreachable),
         ("CachedRepoTreeNotFoundError", lambda _, asked: offline_missing(asked.model)),
         ("CacheNotFound", lambda _, asked: offline_missing(asked.model)),
         ("CorruptedCacheException", _corrupt_cache),
@@ -255,6 +255,15 @@ def token_held_back(model: str) -> Problem:
     )
 
 
+def _no_exchange(error: Any, asked: Asked) -> Problem:
+    return Problem(
+        "hub.no_token",
+        f"HF_OIDC_RESOURCE is set, and no token was given in exchange: {_first_line(error)}",
+        hint="see that this job may ask for an OIDC token, or unset HF_OIDC_RESOURCE and set "
+        "HF_TOKEN",
+    )
+
+
 def _no_token(error: Any, asked: Asked) -> Problem:
     return no_token(asked.model)
 
@@ -314,21 +323,30 @@ def _http_problem(error: Any, asked: Asked) -> Problem:
     if status == 401:
         return invalid_token() if asked.has_token else _wants_a_token(asked)
     if status == 403:
-        told = f"{error} {headers.get('X-Error-Message', '')}"
-        if "fine-grained" in told or "gated" in told:
+        # The error's own text quotes the address, and that may hold any word.
+        told = headers.get("X-Error-Message", "")
+        if asked.has_token and ("fine-grained" in told or "gated" in told):
             return token_lacks_permission(asked.model)
         return Problem(
             "hub.forbidden",
             f"the Hub refuses {asked.model} to this account (HTTP 403)",
             hint=f"see whether https://huggingface.co/{asked.model} opens with that account",
         )
+    if status == 404:
+        # The Hub itself says what it lacks; others just don't have it.
+        return not_found(asked, f"is not at {_shown_endpoint()} (HTTP 404)")
     if status == 429:
         wait = headers.get("Retry-After", "")
         pause = f"; it wants a pause of {wait} s" if wait.isdecimal() else ""
+        more = (
+            ""
+            if asked.has_token
+            else "; with a token (`hf auth login` or HF_TOKEN) more is allowed"
+        )
         return Problem(
             "hub.rate_limited",
             f"{_shown_endpoint()} was asked too often from here (HTTP 429){pause}",
-            hint="wait and try again; with a token (`hf auth login` or HF_TOKEN) it allows more",
+            hint=f"wait and try again{more}",
         )
     if status >= 500:
         return Problem(

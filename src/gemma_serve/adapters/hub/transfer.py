@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -20,15 +21,20 @@ from time import sleep
 from typing import Any, TypeVar
 
 from gemma_serve.adapters.checksums import check_file
-from gemma_serve.adapters.hub.cache import CachedRepo, forget_file
-from gemma_serve.adapters.hub.errors import WrongContentError, broke_off
+from gemma_serve.adapters.hub.cache import CachedRepo, cached_repo, forget_file
+from gemma_serve.adapters.hub.errors import WrongContentError, broke_off, http_status
 from gemma_serve.planning.model.repo_files import RepoFile
 
 T = TypeVar("T")
 
+# An ETag will be a file's name.
+_FILE_NAME = re.compile(r"\w[\w.-]*")
+
 # Smaller ones are quicker fetched anew than asked about.
 _RESUMABLE_BYTES = 2**20
 _SHA256_DIGITS = 64
+# The answer where the file ends at or before the byte from which the rest is wanted.
+_NOTHING_BEYOND = 416
 _CHUNK = 4 * 2**20
 _POLL_S = 0.2
 # In a row that bring nothing. The client makes its own before each, for some ways to break off.
@@ -62,9 +68,12 @@ def fetch_to_cache(repo: CachedRepo, commit: str, file: RepoFile, reporting: Rep
         Exception: the client's own errors, for `problem_for`.
     """
     if _is_resumable(file):
-        _fetch_blob(repo, commit, file, reporting)
+        blob = _fetch_blob(repo, commit, file, reporting)
         # The client makes the link to what is there.
         _by_the_client(repo.model, commit, file, reporting, cache_dir=repo.folder.parent)
+        if not (repo.snapshot(commit) / file.name).is_symlink():
+            # Where there are no links, the client has made a copy.
+            blob.unlink(missing_ok=True)
         return
     where = {"cache_dir": repo.folder.parent}
     _right_by_the_client(repo.model, commit, file, repo.snapshot(commit), reporting, **where)
@@ -89,22 +98,15 @@ def fetch_to_folder(
     if _is_for_the_client(file):
         _right_by_the_client(model, commit, file, folder, reporting, local_dir=folder)
         return
-    partial = _partial_in(folder, file)
+    partial = partial_in(folder, file)
     if cached is not None:
         _copy(cached, partial, reporting)
     _fetch(model, commit, file, partial, reporting)
     partial.replace(target)
 
 
-def begun_bytes(folder: Path, file: RepoFile) -> int:
-    """How much of a file is left in a plain folder from a try that broke off."""
-    try:
-        return min(_partial_in(folder, file).stat().st_size, file.size_bytes)
-    except OSError:
-        return 0
-
-
-def _partial_in(folder: Path, file: RepoFile) -> Path:
+def partial_in(folder: Path, file: RepoFile) -> Path:
+    """Where a file of a plain folder is until it is whole."""
     target = folder / file.name
     return target.with_name(f".{target.name}.incomplete")
 
@@ -127,19 +129,20 @@ def only_writer(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _fetch_blob(repo: CachedRepo, commit: str, file: RepoFile, reporting: Reporting) -> None:
+def _fetch_blob(repo: CachedRepo, commit: str, file: RepoFile, reporting: Reporting) -> Path:
     """Put the file's content where the client looks for it."""
-    blob = repo.blob(_persistently(lambda: _find_source(repo.model, commit, file)).etag)
+    blob = repo.blob(_persistently(lambda: _find_source(repo.model, commit, file), reporting).etag)
     blob.parent.mkdir(parents=True, exist_ok=True)
     with _locked(repo.lock(blob.name), reporting):
         # Somebody else may have brought it meanwhile, or long ago and damaged.
         alive = _read_by(reporting)
         if check_file(blob.parent, _named(file, blob), None, alive).state == "whole":
-            return
+            return blob
         blob.unlink(missing_ok=True)
         partial = blob.with_name(f"{blob.name}.incomplete")
         _fetch(repo.model, commit, file, partial, reporting)
         partial.replace(blob)
+    return blob
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,26 @@ def _find_source(model: str, commit: str, file: RepoFile) -> _Source:
     url = hf_hub_url(model, file.name, revision=commit)
     headers = build_hf_headers()
     found = get_hf_file_metadata(url, headers=headers)
-    if not found.etag or "/" in found.etag:
-        # It will be a file's name.
+    if not found.etag or not _FILE_NAME.fullmatch(found.etag):
         raise FileMetadataError(f"{file.name} has no ETag that could name a file")
     if found.location != url and not _is_hub(found.location, url):
         # A signed address of a storage: the token is none of its business.
         headers.pop("authorization", None)
     return _Source(found.location, headers, found.etag)
+
+
+def ask_for_one_byte(model: str, commit: str, file: RepoFile, time_limit_s: float) -> None:
+    """See why nothing comes: the client waits and asks again by itself, and does not say for what.
+
+    Raises:
+        Exception: the client's own error, for what the storage answers.
+    """
+    from huggingface_hub import get_session, hf_raise_for_status
+
+    source = _find_source(model, commit, file)
+    headers = {**source.headers, "Range": "bytes=0-0"}
+    with get_session().stream("GET", source.url, headers=headers, timeout=time_limit_s) as response:
+        hf_raise_for_status(response)
 
 
 def _is_hub(location: str, url: str) -> bool:
@@ -193,8 +209,7 @@ def _read_by(reporting: Reporting) -> Callable[[int], None]:
     """What to tell while a file is read for its checksum."""
 
     def on_bytes(_: int) -> None:
-        if reporting.is_cancelled():
-            raise CancelledError
+        _heed(reporting)
         reporting.on_life()
 
     return on_bytes
@@ -207,8 +222,9 @@ def _named(file: RepoFile, path: Path) -> RepoFile:
 
 def _receive(model: str, commit: str, file: RepoFile, partial: Path, reporting: Reporting) -> None:
     """Receive the rest of the file. A connection that breaks is made anew while bytes come."""
-    in_vain = 0
+    in_vain = most = 0
     while True:
+        _heed(reporting)
         with _Growing(partial, reporting) as stream:
             had = stream.size()
             begun_anew = had < file.size_bytes and not _is_resumable(file)
@@ -216,18 +232,27 @@ def _receive(model: str, commit: str, file: RepoFile, partial: Path, reporting: 
                 stream.seek(0)
                 stream.truncate()
                 had = 0
+            most = max(most, had)
             reporting.on_size(had)
             if had == file.size_bytes:
                 return
+            broken: Exception | None = None
             try:
                 _request(model, commit, file, stream, had)
             except Exception as error:
-                in_vain = 0 if stream.size() > had else in_vain + 1
-                if not broke_off(error) or in_vain == _TRIES:
+                if not broke_off(error):
                     raise
-                sleep(in_vain * _PAUSE_S)
-                continue
-        return
+                broken = error
+            has = stream.size()
+        # Without an error it may have ended early too, where nobody said how long it is.
+        if broken is None and not most < has < file.size_bytes:
+            return
+        # Who begins anew each time must come further, too.
+        in_vain = 0 if has > most else in_vain + 1
+        most = max(most, has)
+        if broken is not None and in_vain == _TRIES:
+            raise broken
+        sleep(in_vain * _PAUSE_S)
 
 
 def _request(model: str, commit: str, file: RepoFile, stream: _Growing, had: int) -> None:
@@ -242,11 +267,18 @@ def _request(model: str, commit: str, file: RepoFile, stream: _Growing, had: int
             headers=source.headers,
             expected_size=file.size_bytes,
         )
-    except OSError as error:
-        # The client's own check of the length; ours follows and says more.
-        if error.errno is None and "Consistency check failed" in str(error):
-            return
-        raise
+    except Exception as error:
+        # Ours of the content follows, and says more.
+        if not _is_about_the_length(error):
+            raise
+
+
+def _is_about_the_length(error: Exception) -> bool:
+    """Whether all came that the Hub has, and it is longer or shorter than it should be."""
+    if http_status(error) == _NOTHING_BEYOND:
+        return True
+    of_the_client = isinstance(error, OSError) and error.errno is None
+    return of_the_client and "Consistency check failed" in str(error)
 
 
 class _Growing(io.FileIO):
@@ -262,8 +294,7 @@ class _Growing(io.FileIO):
         return os.fstat(self.fileno()).st_size
 
     def write(self, data: Any) -> int:
-        if self._reporting.is_cancelled():
-            raise CancelledError
+        _heed(self._reporting)
         left = memoryview(data).cast("B")
         whole = len(left)
         while left:
@@ -281,10 +312,21 @@ def _right_by_the_client(
     model: str, commit: str, file: RepoFile, folder: Path, reporting: Reporting, **where: Path
 ) -> None:
     """Let the client bring a file that then is in `folder`, once more where it is not right."""
+    # The client takes any ETag for a file's name.
+    _persistently(lambda: _find_source(model, commit, file), reporting)
     found = ""
     for _ in range(2):
         reporting.on_size(0)
-        _by_the_client(model, commit, file, reporting, **where)
+        try:
+            _by_the_client(model, commit, file, reporting, **where)
+        except Exception as error:
+            if not _is_about_the_length(error):
+                raise
+            found = f"it has another length than {file.size_bytes:,} bytes"
+            # 1.x goes on with what it began, be that too long already.
+            repo = cached_repo(model, next(iter(where.values())))
+            repo.blob(f"{file.checksum}.incomplete").unlink(missing_ok=True)
+            continue
         state = check_file(folder, file, None, _read_by(reporting))
         if state.state == "whole":
             return
@@ -297,19 +339,26 @@ def _by_the_client(
     model: str, commit: str, file: RepoFile, reporting: Reporting, **where: Any
 ) -> None:
     """Let the client fetch a file in its own way, and again where the connection breaks."""
-    _persistently(lambda: _once_by_the_client(model, commit, file, reporting, **where))
+    _persistently(lambda: _once_by_the_client(model, commit, file, reporting, **where), reporting)
 
 
-def _persistently(ask: Callable[[], T]) -> T:
+def _persistently(ask: Callable[[], T], reporting: Reporting) -> T:
     """What `ask` gives, asked a few times where the connection breaks."""
     for in_vain in range(1, _TRIES):
+        _heed(reporting)
         try:
             return ask()
         except Exception as error:
             if not broke_off(error):
                 raise
             sleep(in_vain * _PAUSE_S)
+    _heed(reporting)
     return ask()
+
+
+def _heed(reporting: Reporting) -> None:
+    if reporting.is_cancelled():
+        raise CancelledError
 
 
 def _once_by_the_client(
@@ -331,22 +380,30 @@ def _once_by_the_client(
 
     threading.Thread(target=run, name="hub file", daemon=True).start()
     while not done.done():
-        if reporting.is_cancelled():
-            raise CancelledError
+        _heed(reporting)
         if _is_for_the_client(file):
-            reporting.on_size(_size_on_the_way(file, next(iter(where.values()))))
+            reporting.on_size(size_on_the_way(model, file, next(iter(where.values()))))
         wait([done], timeout=_POLL_S)
     done.result()
     reporting.on_size(file.size_bytes)
 
 
-def _size_on_the_way(file: RepoFile, folder: Path) -> int:
+def size_on_the_way(model: str, file: RepoFile, folder: Path) -> int:
     """How much the client has written of a file, which it names after the checksum."""
     sizes = [0]
-    for path in folder.rglob(f"*{file.checksum}*.incomplete"):
+    blobs = cached_repo(model, folder).folder / "blobs"
+    local = folder / ".cache" / "huggingface" / "download"
+    for place in (blobs, local):
+        sizes += _sizes_of(place, f"*{file.checksum}*.incomplete")
+    return min(max(sizes), file.size_bytes)
+
+
+def _sizes_of(folder: Path, pattern: str) -> list[int]:
+    sizes = []
+    for path in folder.glob(pattern):
         with suppress(OSError):
             sizes.append(path.stat().st_size)
-    return min(max(sizes), file.size_bytes)
+    return sizes
 
 
 def _is_resumable(file: RepoFile) -> bool:

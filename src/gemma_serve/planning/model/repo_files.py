@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 INDEX = "model.safetensors.index.json"
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_PICKLE = re.compile(r"pytorch_model.*\.bin")
+_PICKLE = re.compile(r"pytorch_model[^/]*\.bin")
 # Configuration, tokenizer and chat template, under all the names that they have had.
 _SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Sentence-transformers keeps the layers behind an embedding model in numbered folders.
