@@ -54,8 +54,11 @@ def main() -> None:
         print(
             f"A Hub with {GATED}, gated. In another shell:\n\n"
             f"  export HF_ENDPOINT={hub.url} HF_HOME=$(mktemp -d)\n"
+            f"  unset HF_TOKEN  # nobody\n"
+            f"  export HF_TOKEN={UNKNOWN}  # a token that is not valid\n"
             f"  export HF_TOKEN={NOT_ACCEPTED}  # an account that did not accept\n"
-            f"  export HF_TOKEN={ACCEPTED}  # one that did\n",
+            f"  export HF_TOKEN={NOT_FOR_GATED}  # a token that may not read gated models\n"
+            f"  export HF_TOKEN={ACCEPTED}  # an account that did accept\n",
             flush=True,
         )
         with suppress(KeyboardInterrupt):

@@ -20,8 +20,9 @@ import local_hub
 from checkpoint_samples import GEMMA, weights_file
 from gemma_serve.adapters import host
 from gemma_serve.adapters.hub.access import Repository, Token, ask_access
-from gemma_serve.adapters.hub.client import TIME_LIMIT_S
+from gemma_serve.adapters.hub.client import TIME_LIMIT_S, cache_folder
 from gemma_serve.adapters.hub.errors import offline_missing
+from gemma_serve.adapters.package_data import data_path
 from gemma_serve.cli import main
 from gemma_serve.errors import Problem
 from gemma_serve.planning.model.repo_files import RepoFile
@@ -76,8 +77,7 @@ LACKS_PERMISSION = Problem(
 )
 NOT_FOUND_ANONYMOUS = Problem(
     "hub.not_found",
-    "`me/mine` is not on the Hub, or is private; a Gemma such as google/gemma-7b-it, or a folder, "
-    "is wanted",
+    "`me/mine` is not on the Hub, or is private; the name of a model there, or a folder, is wanted",
     "check the spelling: `gemma-serve models` lists the public Gemmas; if it is private, run `hf "
     "auth login` or set HF_TOKEN",
 )
@@ -272,8 +272,8 @@ def test_a_model_that_is_not_there(check: Check, hub: LocalHub) -> None:
     [problem] = check("me/mine", token=BOB).problems
     assert problem == Problem(
         "hub.not_found",
-        "`me/mine` is not on the Hub, or is private to others than this account; a Gemma such as "
-        "google/gemma-7b-it, or a folder, is wanted",
+        "`me/mine` is not on the Hub, or is private to others than this account; the name of a "
+        "model there, or a folder, is wanted",
         "check the spelling: `gemma-serve models` lists the public Gemmas",
     )
 
@@ -485,7 +485,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_offline_without_the_model(check: Check, hub: LocalHub) -> None:
     assert check(token=ALICE) == AccessReport(
-        GATED, None, hub.url, offline=True, problems=(offline_missing(GATED),)
+        GATED, None, hub.url, offline=True, problems=(offline_missing(GATED, cache_folder()),)
     )
     assert hub.asked == []
 
@@ -532,9 +532,39 @@ def test_where_the_model_is_here_what_the_hub_says_is_a_warning(
 
 
 def test_a_folder_needs_nobody(check: Check, hub: LocalHub, tmp_path: Path) -> None:
-    model = str(tmp_path)
-    assert check(model) == AccessReport(model, None, hub.url, is_folder=True)
+    demo = str(data_path("demo"))
+    assert check(demo) == AccessReport(demo, None, hub.url, is_folder=True)
+    assert codes(check(str(tmp_path))) == ["model.no_config"]
+    assert codes(check(str(tmp_path / "none"))) == ["model.not_found"]
     assert hub.asked == []
+
+
+def test_a_known_gemma_that_this_hub_lacks_is_not_a_typo(check: Check, hub: LocalHub) -> None:
+    [problem] = check("google/gemma-2b").problems
+    assert problem.code == "hub.not_found"
+    assert problem.hint.startswith("it is on huggingface.co: see what HF_ENDPOINT")
+
+
+@pytest.mark.parametrize("token", ["hf_tök", "hf_a b", "hf_a\x7fb"])
+def test_a_token_that_no_header_can_hold_is_not_sent(
+    check: Check, hub: LocalHub, token: str
+) -> None:
+    report = check(token=token)
+    [problem] = report.problems
+    assert (problem.code, report.reached) == ("hub.invalid_token", None)
+    assert "the token from HF_TOKEN holds a character that no token has" in problem.message
+    assert hub.asked == []
+
+
+def test_an_endpoint_without_a_scheme_is_told_what_it_lacks(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_hub.use(monkeypatch, "127.0.0.1:9")
+    [problem] = check().problems
+    assert (problem.code, problem.hint) == (
+        "hub.unreachable",
+        "HF_ENDPOINT is `127.0.0.1:9`: put http:// or https:// in front",
+    )
 
 
 def huge(model: str) -> bytes:

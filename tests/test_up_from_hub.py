@@ -10,7 +10,16 @@ from typing import Any
 import psutil
 import pytest
 
-from demo_hub import ACCEPTED, GATED, NOT_ACCEPTED, NOT_FOR_GATED, TOKENS, UNKNOWN, gated_hub
+from demo_hub import (
+    ACCEPTED,
+    GATED,
+    NOT_ACCEPTED,
+    NOT_FOR_GATED,
+    TOKENS,
+    UNKNOWN,
+    demo_files,
+    gated_hub,
+)
 from fake_engine import serving as serving_engine
 from gemma_serve.adapters.host import free_port
 from local_hub import Fault, Hang, LocalHub, Refusal, Refuse, WrongContent, environ, serving
@@ -245,7 +254,42 @@ def test_check_of_what_up_can_start_is_0(run: Any, tmp_path: Path) -> None:
     program = run(*args, token=ACCEPTED)
     assert program.exit_code() == 0, said(program)
     assert "alice may read google/gemma-tiny-it" in said(program)
-    assert "`gemma-serve up` can start it" in said(program)
+    assert "`gemma-serve up` with the same settings can start it" in said(program)
+
+
+def test_check_tells_of_files_that_changed_since_they_were_compared(
+    run: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gemma"
+    assert run("download", "--model", GATED, "--to", str(folder), token=ACCEPTED).exit_code() == 0
+    args = ("check", "--model", str(folder), "--engine-python", str(fake_python(tmp_path)),
+            "--port", str(free_port("127.0.0.1")), "--json")  # fmt: skip
+    whole = run(*args)
+    assert (whole.exit_code(), codes(whole)) == (0, [])
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    changed = run(*args)
+    assert (changed.exit_code(), codes(changed)) == (0, ["model.not_compared"])
+    (folder / "generation_config.json").unlink()
+    missing = run(*args)
+    assert (missing.exit_code(), codes(missing)) == (1, ["model.weights_missing"])
+
+
+def test_a_folder_is_filled_from_the_cache_though_the_hub_says_no(run: Any, tmp_path: Path) -> None:
+    assert run("download", "--model", GATED, token=ACCEPTED).exit_code() == 0
+    folder = tmp_path / "gemma"
+    program = run("download", "--model", GATED, "--to", str(folder))
+    assert program.exit_code() == 0, said(program)
+    assert "warning: google/gemma-tiny-it is gated" in said(program)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".gemma-serve.json", *sorted(demo_files()),
+    ]  # fmt: skip
+
+
+def test_a_folder_that_is_none_is_no_download(run: Any, tmp_path: Path) -> None:
+    for command in ("download", "check-access"):
+        program = run(command, "--model", str(tmp_path / "none"), "--json")
+        assert (program.exit_code(), codes(program)) == (1, ["model.not_found"])
 
 
 FAULTS = [

@@ -27,7 +27,9 @@ def free_disk_bytes(folder: Path) -> int | None:
     """What this account may still write where `folder` is or will be; None where none can say."""
     for place in (folder, *folder.absolute().parents):
         try:
-            return shutil.disk_usage(place).free
+            usage = shutil.disk_usage(place)
+            # What the kernel makes up, such as /proc, has no size at all.
+            return usage.free if usage.total else None
         except FileNotFoundError:
             continue
         except OSError:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from gemma_serve.cli.options import AsJson, ConfigFile, with_settings
+from gemma_serve.cli.options import AsJson, ConfigFile, ToFolder, with_settings
 from gemma_serve.errors import EXIT_NO, EXIT_OK
 
 
-@with_settings("model", "revision", "download_dir")
+@with_settings("model", "revision", "download_dir", model_help="A Gemma on the Hugging Face Hub.")
 def check_access(
-    *, flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False
+    *,
+    flags: dict[str, Any],
+    config: ConfigFile = None,
+    to: ToFolder = None,
+    as_json: AsJson = False,
 ) -> int:
     """Ask whether a model may be downloaded, and has room."""
     from gemma_serve.usecases.access import check_access as ask
@@ -20,7 +24,12 @@ def check_access(
     from gemma_serve.view.output import Output
 
     settings, warnings = read_named_model(flags, os.environ, config)
-    report = ask(settings.model, settings.revision, cache_dir=settings.download_dir)
+    report = ask(
+        settings.model,
+        settings.revision,
+        cache_dir=settings.download_dir,
+        to=None if to is None else to.expanduser().absolute(),
+    )
     Output(as_json=as_json).result(
         "check-access",
         ok=report.ok,

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from gemma_serve.cli.options import AsJson, ConfigFile, with_settings
+from gemma_serve.cli.options import AsJson, ConfigFile, ToFolder, with_settings
 from gemma_serve.errors import EXIT_OK
 
-To = Annotated[
-    Path | None,
-    typer.Option(
-        "--to",
-        metavar="DIR",
-        help="A plain folder that `--model DIR` serves anywhere; by default the local cache.",
-    ),
-]
 
-
-@with_settings("model", "revision", "download_dir")
+@with_settings("model", "revision", "download_dir", model_help="A Gemma on the Hugging Face Hub.")
 def download(
     *,
     flags: dict[str, Any],
     config: ConfigFile = None,
-    to: To = None,
+    to: ToFolder = None,
     as_json: AsJson = False,
 ) -> int:
     """Download a model, resuming, and check every file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,14 @@ Force = Annotated[
     bool,
     typer.Option("--force", help="Start although the checks of GPUs and memory say no."),
 ]
+ToFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--to",
+        metavar="DIR",
+        help="A plain folder that `--model DIR` serves anywhere; by default the local cache.",
+    ),
+]
 OnDevice = Annotated[
     DeviceName | None,
     typer.Option("--device", help="Plan for vLLM on NVIDIA GPUs or on the CPU."),
@@ -72,13 +81,19 @@ MEMORY_SETTINGS = (
 )
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def with_settings(
+    *names: str, model_help: str | None = None
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command an option for each of the settings `names`, or for all of them.
+
+    `model_help` is what `--model` is to a command that has no default for it.
 
     The command gets those that were given as one dict, `flags`. Their values stay text: one
     place validates them, wherever they come from.
     """
     chosen = [s for s in SETTINGS if not names or s.name in names]
+    if model_help is not None:
+        chosen = [replace(s, help=model_help) if s.name == "model" else s for s in chosen]
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)

@@ -17,6 +17,7 @@ from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.local_files import (
     LocalFiles,
     cached_bytes,
+    checkpoint_problems,
     find_cached,
     folder_bytes,
     problems_of_cached,
@@ -100,15 +101,17 @@ def check_access(
     the Hub says against it is a warning. `to` is the folder to download into, if not the cache.
     """
     where = without_secrets(endpoint())
-    if as_folder(model) is not None:
-        return AccessReport(model, revision, where, is_folder=True)
+    folder = as_folder(model)
+    if folder is not None:
+        wrong = checkpoint_problems(folder)
+        return AccessReport(model, revision, where, is_folder=True, problems=wrong)
     cached = find_cached(model, revision, cache_dir)
     report = AccessReport(model, revision, where, offline=is_offline(), cached=cached)
     if report.offline:
         if cached is not None:
             return report
         wrong = problems_of_cached(model, revision, cache_dir)
-        return replace(report, problems=(offline_missing(model), *wrong))
+        return replace(report, problems=(offline_missing(model, cache_folder(cache_dir)), *wrong))
     answer = ask_access(model, revision)
     problems = with_suggestion(model, answer.problems)
     report = replace(

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gemma_serve.adapters import host
+from gemma_serve.adapters.checksums import read_manifest
 from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem
+from gemma_serve.planning.config import ServeConfig
 from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.access import AccessReport, check_access
-from gemma_serve.usecases.local_files import find_cached
+from gemma_serve.usecases.local_files import LocalFiles, find_cached, noted_problems
 from gemma_serve.usecases.model_facts import as_folder
 from gemma_serve.usecases.plan import ServePlan
 
@@ -61,7 +63,8 @@ class CheckReport:
 
 def check(plan: ServePlan) -> CheckReport:
     """Check all that `up` needs beyond its plan: the files or the way to them, room, the port."""
-    access = _access(plan)
+    here = _local_files(plan.config)
+    access = _access(plan, here)
     port = host.port_problem(plan.config.host, plan.config.port)
     asked = () if access is None else access.problems
     # What the facts were asked for in vain is what the download would fail of, and that nobody
@@ -70,17 +73,29 @@ def check(plan: ServePlan) -> CheckReport:
     if any(problem.blocking for problem in asked):
         codes.add("model.size_unknown")
     planned = tuple(problem for problem in plan.problems if problem.code not in codes)
-    problems = (*planned, *asked, *([port] if port else []))
+    # What the Hub can say more about, it was asked for.
+    noted = () if here is None or _can_be_asked(access) else noted_problems(here)
+    problems = (*planned, *noted, *asked, *([port] if port else []))
     rows = tuple(_row(name, plan, access, problems) for name in _ROWS)
     return CheckReport(plan, access, tuple(row for row in rows if row.summary), problems)
 
 
-def _access(plan: ServePlan) -> AccessReport | None:
+def _local_files(config: ServeConfig) -> LocalFiles | None:
+    """The model's files on this machine: those of the cache, or of a folder that we filled."""
+    folder = as_folder(config.model)
+    if folder is None:
+        return find_cached(config.model, config.revision, config.download_dir)
+    manifest = read_manifest(folder)
+    return None if manifest is None else LocalFiles(folder, manifest.commit, manifest)
+
+
+def _can_be_asked(access: AccessReport | None) -> bool:
+    return access is not None and access.ok and not access.problems and not access.offline
+
+
+def _access(plan: ServePlan, here: LocalFiles | None) -> AccessReport | None:
     config = plan.config
-    if as_folder(config.model) is not None:
-        return None
-    here = find_cached(config.model, config.revision, config.download_dir)
-    if here is not None and here.is_known_whole:
+    if as_folder(config.model) is not None or (here is not None and here.is_known_whole):
         return None
     unreachable = [p for p in plan.problems if p.code == "hub.unreachable"]
     if unreachable:
@@ -128,6 +143,8 @@ def _summary(name: CheckId, plan: ServePlan, access: AccessReport | None) -> tup
     if name == "model":
         return _model_summary(plan)
     if name == "access":
+        if as_folder(plan.config.model) is not None:
+            return "not needed: a folder of this machine", True
         return access_summary(plan.config.model, access)
     if name == "disk":
         return disk_summary(access)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,12 @@ from gemma_serve.adapters.checksums import (
 )
 from gemma_serve.adapters.hub.access import Repository
 from gemma_serve.adapters.hub.cache import cached_repo, forget_link, remember_revision
-from gemma_serve.adapters.hub.client import ask_side_by_side, is_offline, set_up_for_downloads
+from gemma_serve.adapters.hub.client import (
+    ask_side_by_side,
+    cache_folder,
+    is_offline,
+    set_up_for_downloads,
+)
 from gemma_serve.adapters.hub.errors import (
     Asked,
     http_status,
@@ -146,6 +151,7 @@ class _Download:
         self.damaged: list[str] = []
         self.checked: dict[str, CheckedFile] = {}
         self.has_token = False
+        self.hub_said_no = False
 
     def run(self, access: AccessReport | None) -> DownloadResult:
         request = self.request
@@ -161,7 +167,12 @@ class _Download:
             return self._offline(here)
         if here is not None and not request.refresh and self._is_right(here):
             return self._result(here.folder, here.commit, here.listing)
-        return self._by_report(access or self._ask(here), here)
+        if access is None:
+            access = self._ask(here)
+            for problem in access.problems:
+                if not problem.blocking:
+                    self.on_event(Noticed(problem))
+        return self._by_report(access, here)
 
     def _offline(self, here: LocalFiles | None) -> DownloadResult:
         """Make do with the cache, also where it is to be copied to a folder."""
@@ -170,6 +181,9 @@ class _Download:
             return self._as_it_is(here)
         cached = find_cached(request.model, request.revision, request.cache_dir)
         if cached is None or cached.commit is None:
+            former = read_manifest(request.to)
+            if former is not None and former.complete and former.model == request.model:
+                return self._of_folder(request.to)
             return self._as_it_is(None)
         listed = Repository(
             request.model, cached.commit, gated=False, private=False, files=cached.listing
@@ -197,9 +211,9 @@ class _Download:
             # What is here could be served, but a newer one was asked for.
             raise GemmaServeError.of([replace(p, blocking=True) for p in report.problems])
         if not report.ok:
-            raise GemmaServeError.of([p for p in report.problems if p.blocking])
-        for problem in report.problems:
-            self.on_event(Noticed(problem))
+            blocking = [problem for problem in report.problems if problem.blocking]
+            return self._without_the_hub(blocking)
+        self.hub_said_no = bool(report.problems)
         self.has_token = report.token is not None and report.token.is_sent
         if repository is None or (here is not None and report.problems):
             # What is here can be served, and what little it may lack can't be had now.
@@ -208,10 +222,25 @@ class _Download:
             return self._into_cache(repository)
         return self._alone_into(self.request.to, repository)
 
+    def _without_the_hub(self, problems: Sequence[Problem]) -> DownloadResult:
+        """Fill a folder from what is on this machine, where that is all that the Hub says no to."""
+        request = self.request
+        cached = find_cached(request.model, request.revision, request.cache_dir)
+        on_disk = {"hub.disk_full", "hub.cache_unwritable"} & {p.code for p in problems}
+        if request.to is None or cached is None or on_disk:
+            raise GemmaServeError.of(problems)
+        for problem in problems:
+            self.on_event(Noticed(replace(problem, blocking=False)))
+        return self._offline(None)
+
     def _of_folder(self, folder: Path) -> DownloadResult:
         """A folder that `download --to` made is compared with what was noted then."""
+        folder = folder.absolute()
         manifest = read_manifest(folder)
         if manifest is None:
+            wrong = checkpoint_problems(folder)
+            if wrong:
+                raise GemmaServeError.of(wrong)
             return self._result(folder, None, ())
         if not manifest.complete:
             raise GemmaServeError.of([_broken_off(folder, manifest)])
@@ -234,7 +263,7 @@ class _Download:
     def _missing(self) -> list[Problem]:
         request = self.request
         wrong = problems_of_cached(request.model, request.revision, request.cache_dir)
-        return [offline_missing(request.model), *wrong]
+        return [offline_missing(request.model, cache_folder(request.cache_dir)), *wrong]
 
     def _is_right(self, here: LocalFiles) -> bool:
         """Whether all that was noted is there; what changed is read again."""
@@ -254,7 +283,8 @@ class _Download:
         bad = [state for state in states if state.state != "whole"]
         if bad:
             model = self.request.model
-            raise GemmaServeError.of([_damage(here.folder, state, model) for state in bad])
+            said_no = self.hub_said_no
+            raise GemmaServeError.of([_damage(here.folder, s, model, said_no) for s in bad])
         return states
 
     def _note(self, folder: Path, manifest: Manifest, states: Sequence[FileState]) -> None:
@@ -380,7 +410,7 @@ class _Download:
             self.checked[file.name] = stamp(place.folder / file.name, file.checksum)
 
         transfers = Transfers(wanted, missing, self.cancelled, self.inbox.wake)
-        self.on_event(_began(place, wanted, missing))
+        self.on_event(_began(place, wanted, missing, self.damaged))
         transfers.start(fetch)
         while not transfers.ended:
             self._heed_signals()
@@ -432,8 +462,14 @@ class _Download:
         )
 
 
-def _began(place: _Place, wanted: Sequence[RepoFile], missing: Sequence[RepoFile]) -> DownloadBegan:
-    yet_to_come = sum(file.size_bytes for file in missing) - sum(place.here(missing).values())
+def _began(
+    place: _Place,
+    wanted: Sequence[RepoFile],
+    missing: Sequence[RepoFile],
+    damaged: Collection[str],
+) -> DownloadBegan:
+    here = place.here([file for file in missing if file.name not in damaged])
+    yet_to_come = sum(file.size_bytes for file in missing) - sum(here.values())
     return DownloadBegan(
         place.repository.model,
         place.repository.commit,
@@ -530,11 +566,13 @@ def _busy(folder: Path) -> GemmaServeError:
     )
 
 
-def _damage(folder: Path, state: FileState, model: str) -> Problem:
+def _damage(folder: Path, state: FileState, model: str, hub_said_no: bool) -> Problem:
     """A file that is wrong, where nobody can fetch it again."""
     code = "model.weights_missing" if state.state == "missing" else "model.weights_broken"
     found = "is missing" if state.state == "missing" else f"is damaged: {state.found}"
     hint = "copy the folder again from where it was made"
     if as_folder(model) is None:
         hint = f"where the Hub can be reached, `gemma-serve download --model {model}` mends it"
+    if hub_said_no:
+        hint = "the Hub would send it again: first mend what it said, above, then run this again"
     return Problem(code, f"{folder / state.file.name} {found}", hint=hint)

@@ -106,6 +106,35 @@ def check_files(
         return tuple(states)
 
 
+def noted_problems(here: LocalFiles) -> tuple[Problem, ...]:
+    """What of a model's files is no longer as it was noted; by size and times, nothing is read."""
+    if here.is_known_whole:
+        return ()
+    if here.manifest is None or not here.manifest.complete:
+        return (_changed(here.folder, "have not been compared with their checksums yet"),)
+    gone = [name for name in here.manifest.files if not (here.folder / name).is_file()]
+    if gone:
+        return tuple(_gone(here.folder, name) for name in gone)
+    return (_changed(here.folder, "have changed since they were compared with their checksums"),)
+
+
+def _changed(folder: Path, found: str) -> Problem:
+    return Problem(
+        "model.not_compared",
+        f"files in {folder} {found}",
+        hint="`up` compares them before it starts; `gemma-serve download` does it now",
+        blocking=False,
+    )
+
+
+def _gone(folder: Path, name: str) -> Problem:
+    return Problem(
+        "model.weights_missing",
+        f"{folder / name} is missing",
+        hint="copy the folder again from where it was made",
+    )
+
+
 def checkpoint_problems(folder: Path) -> tuple[Problem, ...]:
     """What keeps a folder with a model's files from being served, as far as headers tell."""
     problems = tuple(p for p in read_checkpoint(folder).problems if p.blocking)

@@ -101,13 +101,14 @@ def _with_entry(reading: FactsReading, entry: CatalogueEntry | None) -> FactsRea
 def with_suggestion(model: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
     """The `problems`, with the nearest known Gemma as the way out of a name that isn't known."""
     near = _nearest(model)
-    if near is None or near == model:
+    if catalogue_entry(model) is not None:
+        first = "it is on huggingface.co: see what HF_ENDPOINT and HF_TOKEN are set to; or "
+    elif near is not None:
+        first = f"did you mean `--model {near}`? If not: "
+    else:
         return tuple(problems)
     return tuple(
-        replace(p, hint=f"did you mean `--model {near}`? If not: {p.hint}")
-        if p.code == "hub.not_found"
-        else p
-        for p in problems
+        replace(p, hint=first + p.hint) if p.code == "hub.not_found" else p for p in problems
     )
 
 

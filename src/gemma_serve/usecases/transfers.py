@@ -73,7 +73,8 @@ class Transfers:
                 file = self._waiting.popleft()
             except IndexError:
                 return
-            self._in_flight.append(file)
+            with self._lock:
+                self._in_flight.append(file)
             try:
                 fetch(file, self._reporting(file))
             except Exception as error:

@@ -98,6 +98,8 @@ def _token(report: AccessReport) -> str:
     token = report.token
     if token is None:
         return "none"
+    if token.valid is False and not token.is_sent:
+        return f"from {token.source}, not sent: it holds what no token has"
     if not token.is_sent:
         return f"from {token.source}, not sent: HF_HUB_DISABLE_IMPLICIT_TOKEN is set"
     if token.valid is None:

@@ -50,7 +50,7 @@ def check_text(report: CheckReport) -> RenderableType:
         mark, style = _STYLES[row.state]
         table.add_row(Text(mark, style=style), Text(row.id), Text(row.summary))
     failed = ", ".join(row.id for row in report.rows if row.state == "failed")
-    verdict = "`gemma-serve up` can start it"
+    verdict = "`gemma-serve up` with the same settings can start it"
     if failed:
         verdict = f"`gemma-serve up` would refuse it: {failed}"
     return Group(table, Text(f"\n{verdict}"))

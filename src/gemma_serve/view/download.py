@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from time import monotonic
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from gemma_serve.errors import Problem
+from gemma_serve.errors import Problem, Stopped
 from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.download import DownloadResult
 from gemma_serve.usecases.events import (
@@ -33,7 +34,8 @@ class DownloadView:
     def __init__(self, output: Output) -> None:
         self._output = output
         self._progress: Progress | None = None
-        self._told_at = 0.0
+        self._told_at = monotonic()
+        self._is_loading = False
         self.noticed: list[Problem] = []
 
     def on_event(self, event: Event) -> None:
@@ -49,14 +51,22 @@ class DownloadView:
     def __enter__(self) -> DownloadView:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.end()
+        if self._is_loading and isinstance(error, Stopped | KeyboardInterrupt):
+            self._output.note("stopped; what came is kept, and the same command goes on from there")
 
     def shows(self, event: Event) -> bool:
         """Whether the event is a download's; it is shown then."""
         if isinstance(event, DownloadBegan):
             self.end()
             self._told_at = monotonic()
+            self._is_loading = True
             self._output.note(_began_text(event))
         elif isinstance(event, DownloadProgress):
             self._show_progress(event)
@@ -67,6 +77,7 @@ class DownloadView:
             self._output.note(f"{event.file} is damaged ({event.found}): fetching it again")
         elif isinstance(event, DownloadEnded):
             self.end()
+            self._is_loading = False
             self._output.note(_ended_text(event))
         else:
             return False

@@ -73,7 +73,7 @@ class UpView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._download.end()
+        self._download.__exit__(kind, error, trace)
         self._end_status()
 
     def _end_status(self) -> None:

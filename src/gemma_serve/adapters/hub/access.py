@@ -23,6 +23,7 @@ from gemma_serve.adapters.hub.errors import (
     problem_for,
     token_held_back,
     token_lacks_permission,
+    unsendable_token,
 )
 from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem
@@ -86,6 +87,9 @@ def ask_access(
     source = ask_side_by_side({"token": find_token}, time_limit_s)["token"]
     if isinstance(source, Exception):
         return HubAnswer(where, problems=(problem_for(source, Asked(model)),))
+    if source is not None and source.is_sent and not source.can_be_sent:
+        kept = Token(source.source, is_sent=False, valid=False)
+        return HubAnswer(where, token=kept, problems=(unsendable_token(source.source),))
     left_s = max(1.0, time_limit_s - (monotonic() - begun))
     answers = ask_side_by_side(_questions(model, revision, source, left_s), left_s)
     token = _token(source, answers.get("account"))

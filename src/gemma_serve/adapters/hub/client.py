@@ -24,11 +24,13 @@ TIME_LIMIT_S = 8.0
 class TokenSource:
     """A token was found; where ("HF_TOKEN", a file). The token itself is not kept.
 
-    `is_sent` is False where HF_HUB_DISABLE_IMPLICIT_TOKEN keeps the client from sending it.
+    `is_sent` is False where HF_HUB_DISABLE_IMPLICIT_TOKEN keeps the client from sending it,
+    `can_be_sent` where it holds what no header can.
     """
 
     source: str
     is_sent: bool = True
+    can_be_sent: bool = True
 
 
 def is_offline() -> bool:
@@ -71,12 +73,17 @@ def find_token() -> TokenSource | None:
     """
     from huggingface_hub import constants, get_token
 
-    if not get_token():
+    token = get_token()
+    if not token:
         return None
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     named = next((name for name in names if os.environ.get(name, "").strip()), None)
     source = named or (str(constants.HF_TOKEN_PATH) if _has_file() else "the client's own sign-in")
-    return TokenSource(source, is_sent=not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN)
+    return TokenSource(
+        source,
+        is_sent=not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN,
+        can_be_sent=token.isascii() and token.isprintable() and " " not in token,
+    )
 
 
 def set_up_for_downloads() -> None:
@@ -123,7 +130,7 @@ def ask_side_by_side(
         try:
             name, answer = answers.get(timeout=max(0.0, deadline - monotonic()))
         except Empty:
-            late = TimeoutError(f"no answer in {time_limit_s:g} s")
+            late = TimeoutError(f"no answer in {time_limit_s:.0f} s")
             return {**dict.fromkeys(questions, late), **found}
         found[name] = answer
     return found

@@ -10,10 +10,11 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from gemma_serve.adapters.hub.client import endpoint
+from gemma_serve.adapters.hub.client import cache_folder, endpoint
 from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem
 
@@ -94,7 +95,7 @@ def _table() -> Iterator[tuple[type[BaseException], Callable[[Any, Asked], Probl
     ours: tuple[tuple[str, Callable[[Any, Asked], Problem]], ...] = (
         ("HFValidationError", lambda _, asked: not_found(asked, "is no name of the Hub's")),
         ("HfUriError", lambda _, asked: not_found(asked, "is no name of the Hub's")),
-        ("OfflineModeIsEnabled", lambda _, asked: offline_missing(asked.model)),
+        ("OfflineModeIsEnabled", _not_cached),
         ("LocalTokenNotFoundError", _no_token),
         ("OIDCError", _no_exchange),
         ("DeviceCodeError", _invalid_token),
@@ -102,7 +103,7 @@ def _table() -> Iterator[tuple[type[BaseException], Callable[[Any, Asked], Probl
         ("DisabledRepoError", _disabled),
         ("RepositoryNotFoundError", _no_repository),
         ("RevisionNotFoundError", _no_revision),
-        ("RevisionResolutionError", lambda _, asked: offline_missing(asked.model)),
+        ("RevisionResolutionError", _not_cached),
         ("RemoteEntryNotFoundError", _no_entry),
         ("SafetensorsParsingError", _broken),
         ("NotASafetensorsRepoError", _broken),
@@ -110,10 +111,13 @@ def _table() -> Iterator[tuple[type[BaseException], Callable[[Any, Asked], Probl
         ("FileMetadataError", _not_the_hub),
         ("XetDownloadError", _unreachable),
         ("XetError", _unreachable),
-        ("CachedRepoTreeNotFoundError", lambda _, asked: offline_missing(asked.model)),
-        ("CacheNotFound", lambda _, asked: offline_missing(asked.model)),
+        (
+            "CachedRepoTreeNotFoundError",
+            _not_cached,
+        ),
+        ("CacheNotFound", _not_cached),
         ("CorruptedCacheException", _corrupt_cache),
-        ("LocalEntryNotFoundError", lambda _, asked: offline_missing(asked.model)),
+        ("LocalEntryNotFoundError", _not_cached),
         ("EntryNotFoundError", _no_entry),
     )
     for name, explain in ours:
@@ -170,7 +174,7 @@ def not_found(asked: Asked, found: str) -> Problem:
     private = "" if asked.has_token else "; if it is private, run `hf auth login` or set HF_TOKEN"
     return Problem(
         "hub.not_found",
-        f"`{asked.model}` {found}; a Gemma such as google/gemma-7b-it, or a folder, is wanted",
+        f"`{asked.model}` {found}; the name of a model there, or a folder, is wanted",
         hint=f"check the spelling: `gemma-serve models` lists the public Gemmas{private}",
     )
 
@@ -184,14 +188,18 @@ def _no_repository(error: Any, asked: Asked) -> Problem:
     return not_found(asked, "is not on the Hub, or is private")
 
 
-def offline_missing(model: str) -> Problem:
+def offline_missing(model: str, cache: Path) -> Problem:
     """The Hub may not be asked, and the model is not here."""
     return Problem(
         "hub.offline_missing",
-        f"HF_HUB_OFFLINE is set, and the local cache does not hold {model} whole",
-        hint=f"unset HF_HUB_OFFLINE, or where there is a network run `gemma-serve download --model "
-        f"{model} --to DIR`, bring DIR here and give it with `--model DIR`",
+        f"HF_HUB_OFFLINE is set, and the local cache {cache} does not hold {model} whole",
+        hint="check HF_HOME, unset HF_HUB_OFFLINE, or where there is a network run "
+        f"`gemma-serve download --model {model} --to DIR`, and bring DIR here for `--model DIR`",
     )
+
+
+def _not_cached(error: Any, asked: Asked) -> Problem:
+    return offline_missing(asked.model, cache_folder())
 
 
 def _no_revision(error: Any, asked: Asked) -> Problem:
@@ -313,6 +321,16 @@ def invalid_token() -> Problem:
     )
 
 
+def unsendable_token(source: str) -> Problem:
+    """The token is none that any Hub gives out."""
+    return Problem(
+        "hub.invalid_token",
+        f"the token from {source} holds a character that no token has, such as a space or an "
+        "accent, so it was not sent",
+        hint="copy it again from https://huggingface.co/settings/tokens, or run `hf auth login`",
+    )
+
+
 def _invalid_token(error: Any, asked: Asked) -> Problem:
     return invalid_token()
 
@@ -334,7 +352,8 @@ def _http_problem(error: Any, asked: Asked) -> Problem:
         )
     if status == 404:
         # The Hub itself says what it lacks; others just don't have it.
-        return not_found(asked, f"is not at {_shown_endpoint()} (HTTP 404)")
+        missing = not_found(asked, f"is not at {_shown_endpoint()} (HTTP 404)")
+        return replace(missing, hint=f"see that HF_ENDPOINT is a Hub; {missing.hint}")
     if status == 429:
         wait = headers.get("Retry-After", "")
         pause = f"; it wants a pause of {wait} s" if wait.isdecimal() else ""
@@ -372,11 +391,17 @@ def _not_the_hub(error: Any, asked: Asked) -> Problem:
 
 
 def _unreachable(error: BaseException, asked: Asked, found: str = "") -> Problem:
+    where = _shown_endpoint()
+    hint = (
+        "check the network, HTTPS_PROXY and HF_ENDPOINT, or give the model's folder with "
+        "`--model DIR`"
+    )
+    if "://" not in where:
+        hint = f"HF_ENDPOINT is `{where}`: put http:// or https:// in front"
     return Problem(
         "hub.unreachable",
-        f"the Hub at {_shown_endpoint()} could not be asked: {found or _first_line(error)}",
-        hint="check the network, HTTPS_PROXY and HF_ENDPOINT, or give the model's folder with "
-        "`--model DIR`",
+        f"the Hub at {where} could not be asked: {found or _first_line(error)}",
+        hint=hint,
     )
 
 
