@@ -296,10 +296,11 @@ def test_a_manifest_that_cannot_be_written_is_said_and_nothing_is_left(
     tmp_path: Path, state: Path
 ) -> None:
     (state / "checked").write_bytes(b"")
-    snapshot = tmp_path / "snapshots" / COMMIT
+    repo = tmp_path / "models--google--gemma"
+    snapshot = repo / "snapshots" / COMMIT
     file = write(snapshot, "config.json", b"{}")
     # A file where the folder should be: nobody can write there, root neither.
-    (tmp_path / "gemma-serve").write_bytes(b"")
+    (repo / "gemma-serve").write_bytes(b"")
     assert note(snapshot, file) is False
     assert read_manifest(snapshot) is None
     plain = tmp_path / "plain"
@@ -313,25 +314,48 @@ def test_a_manifest_that_cannot_be_written_is_said_and_nothing_is_left(
 def test_beside_a_folder_that_cannot_be_written_to_the_manifest_is_in_our_own(
     tmp_path: Path, state: Path
 ) -> None:
-    snapshot = tmp_path / "snapshots" / COMMIT
+    repo = tmp_path / "models--google--gemma"
+    snapshot = repo / "snapshots" / COMMIT
     file = write(snapshot, "config.json", b"{}")
     noted = Manifest(MODEL, COMMIT, {file.name: stamp(snapshot / file.name, file.checksum)})
     # As on a disk that is mounted read only, for root too.
-    (tmp_path / "gemma-serve").write_bytes(b"")
+    (repo / "gemma-serve").write_bytes(b"")
     assert write_manifest(snapshot, noted)
     assert read_manifest(snapshot) == noted
     [kept] = (state / "checked").iterdir()
-    other = tmp_path / "else" / "snapshots" / COMMIT
+    other = tmp_path / "models--else" / "snapshots" / COMMIT
     write(other, "config.json", b"{}")
     assert read_manifest(other) is None
 
     # Of two, the one elsewhere would be the newer; so it goes as soon as it is not needed.
-    (tmp_path / "gemma-serve").unlink()
+    (repo / "gemma-serve").unlink()
     newer = Manifest("google/gemma-2b", COMMIT, noted.files)
     assert write_manifest(snapshot, newer)
     assert read_manifest(snapshot) == newer
     assert not kept.exists()
-    assert [path.name for path in (tmp_path / "gemma-serve").iterdir()] == [f"{COMMIT}.json"]
+    assert [path.name for path in (repo / "gemma-serve").iterdir()] == [f"{COMMIT}.json"]
+
+
+def test_what_was_noted_elsewhere_of_a_folder_holds_while_the_folder_says_the_same(
+    tmp_path: Path, state: Path
+) -> None:
+    file = write(tmp_path, "config.json", b"{}")
+    inside = Manifest(MODEL, COMMIT, {file.name: CheckedFile(2, file.checksum)})
+    assert write_manifest(tmp_path, inside)
+    kept = manifest_path(tmp_path).read_bytes()
+    # As on a disk that was filled elsewhere and is mounted read only here: newer times, elsewhere.
+    manifest_path(tmp_path).unlink()
+    manifest_path(tmp_path).mkdir()
+    seen = Manifest(MODEL, COMMIT, {file.name: stamp(tmp_path / file.name, file.checksum)})
+    assert write_manifest(tmp_path, seen)
+    assert read_manifest(tmp_path) is None, "it is not known to be of this folder"
+    manifest_path(tmp_path).rmdir()
+    manifest_path(tmp_path).write_bytes(kept)
+    assert read_manifest(tmp_path) == seen
+    # The disk is filled anew, and its own word counts.
+    newer = Manifest(MODEL, "f" * 40, inside.files)
+    manifest_path(tmp_path).write_bytes(kept.replace(COMMIT.encode(), b"f" * 40))
+    assert read_manifest(tmp_path) == newer
 
 
 def test_what_is_told_of_a_file_is_what_it_was_before_it_was_read(

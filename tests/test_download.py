@@ -35,7 +35,7 @@ from huggingface_hub import (
 import local_hub
 from checkpoint_samples import GEMMA, weights_file
 from gemma_serve.adapters import checksums, host
-from gemma_serve.adapters.checksums import Manifest, manifest_path, read_manifest, stamp
+from gemma_serve.adapters.checksums import manifest_path, read_manifest, stamp
 from gemma_serve.adapters.hub.transfer import size_on_the_way
 from gemma_serve.cli import main
 from gemma_serve.errors import GemmaServeError, Problem, UsageError
@@ -736,13 +736,14 @@ def test_a_shard_that_the_repository_lacks_is_said(hub: LocalHub) -> None:
 
 
 @pytest.mark.parametrize("into", ["cache", "folder"])
-def test_a_model_without_a_tokenizer_is_refused(hub: LocalHub, tmp_path: Path, into: str) -> None:
+def test_a_model_without_a_tokenizer_can_be_had(hub: LocalHub, tmp_path: Path, into: str) -> None:
+    """It may be served with the tokenizer of another; `check` and `up` say if none is named."""
     lacking = {name: content for name, content in SHORT.items() if name != "tokenizer.json"}
     hub.repos = {NAME: Repo(lacking)}
-    with pytest.raises(GemmaServeError) as caught:
-        bring(to=tmp_path / "model" if into == "folder" else None)
-    assert caught.value.exit_code == 1
-    assert [problem.code for problem in caught.value.problems] == ["model.no_tokenizer"]
+    to = tmp_path / "model" if into == "folder" else None
+    assert {file.name for file in bring(to=to).files} == set(lacking) & set(in_order(lacking))
+    forget(hub)
+    assert bring(to=to, refresh=to is not None).fetched_bytes == 0
 
 
 def test_only_the_shards_that_the_index_names_are_kept_in_the_answer(hub: LocalHub) -> None:
@@ -1113,7 +1114,10 @@ def test_a_folder_is_gone_on_with(hub: LocalHub, tmp_path: Path) -> None:
     assert (to / f".{FIRST}.incomplete").stat().st_size == 3 * CHUNK
     # It is known as ours, and as half a one.
     commit = hub.repos[NAME].commit()  # type: ignore[index]
-    assert read_manifest(to) == Manifest(NAME, commit, {}, complete=False)
+    mark = read_manifest(to)
+    assert mark is not None
+    assert (mark.model, mark.commit, mark.broken_off) == (NAME, commit, True)
+    assert set(mark.files) == set(WANTED)
     with pytest.raises(GemmaServeError) as caught:
         verify(to)
     assert caught.value.exit_code == 1
@@ -1121,7 +1125,7 @@ def test_a_folder_is_gone_on_with(hub: LocalHub, tmp_path: Path) -> None:
         Problem(
             "model.weights_missing",
             f"the download of {NAME} into {to} did not end",
-            f"run it again: `gemma-serve download --model {NAME} --to {to}`",
+            f"run it again: `gemma-serve download --model {NAME} --revision {commit} --to {to}`",
         )
     ]
     hub.faults.clear()

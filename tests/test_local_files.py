@@ -29,7 +29,9 @@ from gemma_serve.usecases.local_files import (
     checkpoint_problems,
     find_cached,
     folder_bytes,
+    names_in,
     problems_of_cached,
+    tokenizer_problem,
 )
 
 NAME = "google/gemma-7b-it"
@@ -287,12 +289,14 @@ def test_a_model_without_a_tokenizer_is_none_to_serve(tmp_path: Path) -> None:
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
     assert checkpoint_problems(tmp_path) == ()
+    assert tokenizer_problem("m", names_in(tmp_path)) is None
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_bytes(b"{}")
-    [problem] = checkpoint_problems(tmp_path)
+    problem = tokenizer_problem("m", names_in(tmp_path))
+    assert problem is not None
     assert (problem.code, problem.blocking) == ("model.no_tokenizer", True)
     assert problem.message == (
-        f"{tmp_path} has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt"
+        "m has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt"
     )
 
 

@@ -275,6 +275,43 @@ def test_check_tells_of_files_that_changed_since_they_were_compared(
     assert (missing.exit_code(), codes(missing)) == (1, ["model.weights_missing"])
 
 
+def test_a_model_without_a_tokenizer_is_refused_unless_one_is_named(
+    up: Any, hub: LocalHub, tmp_path: Path
+) -> None:
+    hub.repos[GATED].files = {  # type: ignore[index]
+        name: content for name, content in demo_files().items() if name != "tokenizer.json"
+    }
+    program = up("--json", token=ACCEPTED)
+    assert (program.exit_code(), codes(program)) == (1, ["model.no_tokenizer"])
+    assert_nothing_started(tmp_path, program)
+    named = up("--once", "--engine-arg", "tokenizer=/another", token=ACCEPTED)
+    assert named.exit_code() == 0, said(named)
+
+
+def test_a_newer_folder_is_not_rolled_back_to_the_cache(
+    run: Any, hub: LocalHub, tmp_path: Path
+) -> None:
+    assert run("download", "--model", GATED, token=ACCEPTED).exit_code() == 0
+    files = demo_files() | {"generation_config.json": b'{"top_k": 1}'}
+    hub.repos[GATED].files = files  # type: ignore[index]
+    folder = tmp_path / "gemma"
+    args = ("download", "--model", GATED, "--to", str(folder))
+    assert run(*args, token=ACCEPTED).exit_code() == 0
+    assert run(*args, HF_HUB_OFFLINE="1").exit_code() == 0
+    assert run(*args).exit_code() == 0
+    assert (folder / "generation_config.json").read_bytes() == files["generation_config.json"]
+
+
+def test_room_in_a_folder_is_asked_for_as_the_download_would(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for command in ("check-access", "download"):
+        args = (command, "--model", GATED, "--to", str(tmp_path / "mine"), "--json")
+        program = run(*args, token=ACCEPTED)
+        assert (program.exit_code(), codes(program)) == (2, ["download.not_empty"])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
 def test_a_folder_is_filled_from_the_cache_though_the_hub_says_no(run: Any, tmp_path: Path) -> None:
     assert run("download", "--model", GATED, token=ACCEPTED).exit_code() == 0
     folder = tmp_path / "gemma"

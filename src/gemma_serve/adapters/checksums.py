@@ -39,12 +39,14 @@ class Manifest:
     """What is in a model's folder, written when it was all right.
 
     `complete` is whether the Hub said that these are all the files, False where nobody could ask.
+    With `broken_off` they are those that a download is to bring, and it has not ended.
     """
 
     model: str
     commit: str
     files: Mapping[str, CheckedFile] = field(default_factory=dict)
     complete: bool = True
+    broken_off: bool = False
 
     @property
     def listing(self) -> tuple[RepoFile, ...]:
@@ -67,9 +69,15 @@ class FileState:
 
 def manifest_path(folder: Path) -> Path:
     """Where the manifest of a model's folder is: beside the snapshots of a cache, else inside."""
-    if folder.parent.name == "snapshots":
+    if is_snapshot(folder):
         return folder.parent.parent / "gemma-serve" / f"{folder.name}.json"
     return folder / ".gemma-serve.json"
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder is one of the Hub client's cache: `models--ORG--NAME/snapshots/COMMIT`."""
+    repo = folder.parent.parent
+    return folder.parent.name == "snapshots" and repo.name.startswith("models--")
 
 
 def _manifest_elsewhere(folder: Path) -> Path:
@@ -80,8 +88,16 @@ def _manifest_elsewhere(folder: Path) -> Path:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of `folder`, if it has one that can be read."""
-    # The other place first: it is only there while the first can't be written.
-    return _read(_manifest_elsewhere(folder)) or _read(manifest_path(folder))
+    own, other = _read(manifest_path(folder)), _read(_manifest_elsewhere(folder))
+    if own is None:
+        # A commit's files are always the same; what is in another folder may have changed since.
+        return other if is_snapshot(folder) else None
+    agree = other is not None and (own.model, own.commit, own.listing) == (
+        other.model,
+        other.commit,
+        other.listing,
+    )
+    return other if agree else own
 
 
 def _read(path: Path) -> Manifest | None:
@@ -92,8 +108,13 @@ def _read(path: Path) -> Manifest | None:
         files = {str(name): CheckedFile(**entry) for name, entry in content["files"].items()}
         if not all(map(is_inside, files)):
             return None
-        complete = content["complete"] is True
-        return Manifest(str(content["model"]), str(content["commit"]), files, complete)
+        return Manifest(
+            str(content["model"]),
+            str(content["commit"]),
+            files,
+            complete=content["complete"] is True,
+            broken_off=content["broken_off"] is True,
+        )
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 

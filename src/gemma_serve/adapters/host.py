@@ -40,8 +40,13 @@ def free_disk_bytes(folder: Path) -> int | None:
 def can_write(folder: Path) -> bool:
     """Whether this account may put files where `folder` is or will be."""
     for place in (folder, *folder.absolute().parents):
-        if place.exists() or place.is_symlink():
-            return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+        try:
+            place.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return False  # a folder that this account may not look into
+        return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
     return False
 
 

@@ -13,7 +13,14 @@ from gemma_serve.errors import Problem
 from gemma_serve.planning.config import ServeConfig
 from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.access import AccessReport, check_access
-from gemma_serve.usecases.local_files import LocalFiles, find_cached, noted_problems
+from gemma_serve.usecases.local_files import (
+    LocalFiles,
+    find_cached,
+    names_in,
+    noted_problems,
+    revision_to_ask,
+    tokenizer_problem,
+)
 from gemma_serve.usecases.model_facts import as_folder
 from gemma_serve.usecases.plan import ServePlan
 
@@ -75,7 +82,9 @@ def check(plan: ServePlan) -> CheckReport:
     planned = tuple(problem for problem in plan.problems if problem.code not in codes)
     # What the Hub can say more about, it was asked for.
     noted = () if here is None or _can_be_asked(access) else noted_problems(here)
-    problems = (*planned, *noted, *asked, *([port] if port else []))
+    no_tokenizer = _tokenizer_problem(plan, here, access)
+    last = [problem for problem in (no_tokenizer, port) if problem is not None]
+    problems = (*planned, *noted, *asked, *last)
     rows = tuple(_row(name, plan, access, problems) for name in _ROWS)
     return CheckReport(plan, access, tuple(row for row in rows if row.summary), problems)
 
@@ -87,6 +96,20 @@ def _local_files(config: ServeConfig) -> LocalFiles | None:
         return find_cached(config.model, config.revision, config.download_dir)
     manifest = read_manifest(folder)
     return None if manifest is None else LocalFiles(folder, manifest.commit, manifest)
+
+
+def _tokenizer_problem(
+    plan: ServePlan, here: LocalFiles | None, access: AccessReport | None
+) -> Problem | None:
+    """Why nothing could read a prompt, where files are known and no other tokenizer is named."""
+    model = plan.config.model
+    folder = as_folder(model) if here is None else here.folder
+    names = frozenset[str]() if folder is None else names_in(folder)
+    if access is not None:
+        names |= {file.name for file in access.files}
+    if not names or "tokenizer" in plan.config.engine_args:
+        return None
+    return tokenizer_problem(model, names)
 
 
 def _can_be_asked(access: AccessReport | None) -> bool:
@@ -108,7 +131,7 @@ def _access(plan: ServePlan, here: LocalFiles | None) -> AccessReport | None:
             config.model, config.revision, where, reached=False, problems=(blocking,)
         )
     # `up` takes the commit that is cached, if there is one.
-    revision = config.revision if here is None else here.commit
+    revision = revision_to_ask(config.model, config.revision, config.download_dir, here)
     return check_access(config.model, revision, cache_dir=config.download_dir)
 
 

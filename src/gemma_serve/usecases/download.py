@@ -42,9 +42,17 @@ from gemma_serve.adapters.hub.transfer import (
     only_writer,
 )
 from gemma_serve.engine.inbox import Inbox
-from gemma_serve.errors import GemmaServeError, Problem, Stopped, UsageError
+from gemma_serve.errors import GemmaServeError, Problem, Stopped
 from gemma_serve.planning.model.repo_files import RepoFile, files_to_serve, with_shards_of_index
-from gemma_serve.usecases.access import AccessReport, check_access, disk_problem, disk_space
+from gemma_serve.usecases.access import (
+    AccessReport,
+    check_access,
+    disk_problem,
+    disk_space,
+    is_filled_with,
+    refuse_others,
+    refuse_usage,
+)
 from gemma_serve.usecases.events import (
     CheckingFiles,
     DownloadBegan,
@@ -55,12 +63,14 @@ from gemma_serve.usecases.events import (
 )
 from gemma_serve.usecases.local_files import (
     LocalFiles,
+    broken_off_problem,
     cached_bytes,
     check_files,
     checkpoint_problems,
     find_cached,
     folder_bytes,
     problems_of_cached,
+    revision_to_ask,
 )
 from gemma_serve.usecases.model_facts import as_folder
 from gemma_serve.usecases.transfers import Sum, Transfers
@@ -157,7 +167,7 @@ class _Download:
         request = self.request
         folder = as_folder(request.model)
         if request.to is not None:
-            _refuse_usage(request.model, folder, request.to)
+            refuse_usage(request.model, folder, request.to)
         if folder is not None:
             return self._of_folder(folder)
         here = None
@@ -179,11 +189,11 @@ class _Download:
         request = self.request
         if request.to is None:
             return self._as_it_is(here)
+        if is_filled_with(request.to, request.model, request.revision, request.cache_dir):
+            # It may be newer than the cache, and is compared with its own manifest.
+            return self._of_folder(request.to)
         cached = find_cached(request.model, request.revision, request.cache_dir)
         if cached is None or cached.commit is None:
-            former = read_manifest(request.to)
-            if former is not None and former.complete and former.model == request.model:
-                return self._of_folder(request.to)
             return self._as_it_is(None)
         listed = Repository(
             request.model, cached.commit, gated=False, private=False, files=cached.listing
@@ -193,9 +203,9 @@ class _Download:
     def _ask(self, here: LocalFiles | None) -> AccessReport:
         request = self.request
         revision = request.revision
-        if here is not None and not request.refresh:
+        if request.to is None and not request.refresh:
             # What is cached is taken, and only what it lacks is asked for.
-            revision = here.commit
+            revision = revision_to_ask(request.model, revision, request.cache_dir, here)
         return self.inbox.during(
             lambda: check_access(
                 request.model, revision, cache_dir=request.cache_dir, to=request.to
@@ -215,6 +225,8 @@ class _Download:
             return self._without_the_hub(blocking)
         self.hub_said_no = bool(report.problems)
         self.has_token = report.token is not None and report.token.is_sent
+        if self.request.to is not None and (repository is None or report.problems):
+            return self._offline(None)
         if repository is None or (here is not None and report.problems):
             # What is here can be served, and what little it may lack can't be had now.
             return self._as_it_is(here)
@@ -223,15 +235,15 @@ class _Download:
         return self._alone_into(self.request.to, repository)
 
     def _without_the_hub(self, problems: Sequence[Problem]) -> DownloadResult:
-        """Fill a folder from what is on this machine, where that is all that the Hub says no to."""
+        """A folder that is filled already stays as it is, where the Hub says no to more."""
         request = self.request
-        cached = find_cached(request.model, request.revision, request.cache_dir)
-        on_disk = {"hub.disk_full", "hub.cache_unwritable"} & {p.code for p in problems}
-        if request.to is None or cached is None or on_disk:
+        if request.to is None or not is_filled_with(
+            request.to, request.model, request.revision, request.cache_dir
+        ):
             raise GemmaServeError.of(problems)
         for problem in problems:
             self.on_event(Noticed(replace(problem, blocking=False)))
-        return self._offline(None)
+        return self._of_folder(request.to)
 
     def _of_folder(self, folder: Path) -> DownloadResult:
         """A folder that `download --to` made is compared with what was noted then."""
@@ -242,8 +254,8 @@ class _Download:
             if wrong:
                 raise GemmaServeError.of(wrong)
             return self._result(folder, None, ())
-        if not manifest.complete:
-            raise GemmaServeError.of([_broken_off(folder, manifest)])
+        if manifest.broken_off:
+            raise GemmaServeError.of([broken_off_problem(folder, manifest)])
         here = LocalFiles(folder, manifest.commit, manifest)
         if not here.is_known_whole:
             self._note(folder, manifest, self._refuse_damage(here))
@@ -307,8 +319,8 @@ class _Download:
         return result
 
     def _alone_into(self, folder: Path, repository: Repository) -> DownloadResult:
+        refuse_others(folder, repository.model, repository.files)
         former = read_manifest(folder)
-        _refuse_others(folder, repository, former)
         files = files_to_serve(repository.files)
         problem = disk_problem(disk_space(folder, files, folder_bytes(folder, files)))
         if problem is not None:
@@ -323,7 +335,10 @@ class _Download:
     ) -> DownloadResult:
         before = {} if former is None else former.files
         # So that it is known as ours, and as half a one, should this break off.
-        mark = Manifest(repository.model, repository.commit, before, complete=False)
+        coming = {
+            f.name: CheckedFile(f.size_bytes, f.checksum) for f in files_to_serve(repository.files)
+        }
+        mark = Manifest(repository.model, repository.commit, {**coming, **before}, broken_off=True)
         write_manifest(folder, mark)
         # An index that the repository no longer has would be taken for this commit's.
         self._remove(folder, before.keys() - {file.name for file in repository.files})
@@ -489,72 +504,6 @@ def _ended(result: DownloadResult, repository: Repository) -> DownloadEnded:
         result.total_bytes,
         result.fetched_bytes,
         result.duration_s,
-    )
-
-
-def _refuse_usage(model: str, folder: Path | None, to: Path) -> None:
-    """What `--to` can't mean.
-
-    Raises:
-        UsageError: always the answer then; nothing was asked or touched.
-    """
-    if folder is not None:
-        raise UsageError(
-            f"{model} is on this machine already, in {folder}",
-            code="usage",
-            hint=f"copy that folder, or serve it with `--model {model}`",
-        )
-    if to.exists() and not to.is_dir():
-        raise UsageError(
-            f"{to} is a file, and a folder is wanted",
-            code="usage",
-            hint="give a new folder: `--to DIR`",
-        )
-
-
-def _refuse_others(folder: Path, repository: Repository, former: Manifest | None) -> None:
-    """A folder with somebody's own files is no place for a model's.
-
-    Raises:
-        UsageError: nothing was touched.
-    """
-    if former is not None and former.model == repository.model:
-        return
-    holds = former.model if former is not None else _stranger_in(folder, repository)
-    if holds is not None:
-        raise UsageError(
-            f"{folder} holds {holds}, which is not of {repository.model}; a new or an empty "
-            "folder is wanted",
-            code="download.not_empty",
-            hint=f"give another one: `--to {folder}-{repository.model.split('/')[-1]}`",
-        )
-
-
-def _stranger_in(folder: Path, repository: Repository) -> str | None:
-    """A file that the repository does not have like this; half files of ours are hidden ones."""
-    if not folder.is_dir():
-        return None
-    sizes = {file.name: file.size_bytes for file in repository.files}
-    folders = {file.name.split("/")[0] for file in repository.files if "/" in file.name}
-    for path in sorted(folder.iterdir()):
-        known = path.name in folders if path.is_dir() else _size(path) == sizes.get(path.name)
-        if not known and not path.name.startswith("."):
-            return path.name
-    return None
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _broken_off(folder: Path, manifest: Manifest) -> Problem:
-    return Problem(
-        "model.weights_missing",
-        f"the download of {manifest.model} into {folder} did not end",
-        hint=f"run it again: `gemma-serve download --model {manifest.model} --to {folder}`",
     )
 
 

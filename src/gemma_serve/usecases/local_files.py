@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def find_cached(
     if snapshot is None or checkpoint_problems(snapshot):
         return None
     manifest = read_manifest(snapshot)
+    if manifest is None and tokenizer_problem(model, names_in(snapshot)) is not None:
+        return None  # a download that broke off, more likely than a model without one
     if manifest is not None and not all((snapshot / n).is_file() for n in manifest.files):
         return None
     return LocalFiles(snapshot, snapshot.name, manifest)
@@ -110,6 +113,8 @@ def noted_problems(here: LocalFiles) -> tuple[Problem, ...]:
     """What of a model's files is no longer as it was noted; by size and times, nothing is read."""
     if here.is_known_whole:
         return ()
+    if here.manifest is not None and here.manifest.broken_off:
+        return (broken_off_problem(here.folder, here.manifest),)
     if here.manifest is None or not here.manifest.complete:
         return (_changed(here.folder, "have not been compared with their checksums yet"),)
     gone = [name for name in here.manifest.files if not (here.folder / name).is_file()]
@@ -136,19 +141,49 @@ def _gone(folder: Path, name: str) -> Problem:
 
 
 def checkpoint_problems(folder: Path) -> tuple[Problem, ...]:
-    """What keeps a folder with a model's files from being served, as far as headers tell."""
-    problems = tuple(p for p in read_checkpoint(folder).problems if p.blocking)
-    if problems or any((folder / name).is_file() for name in _TOKENIZERS):
-        return problems
-    return (_no_tokenizer(folder),)
+    """What keeps a folder with a model's files from being loaded, as far as headers tell."""
+    return tuple(p for p in read_checkpoint(folder).problems if p.blocking)
 
 
-def _no_tokenizer(folder: Path) -> Problem:
+def tokenizer_problem(model: str, names: Collection[str]) -> Problem | None:
+    """Why nothing could read a prompt, with these files; None where there is a tokenizer."""
+    if any(name in names for name in _TOKENIZERS):
+        return None
     return Problem(
         "model.no_tokenizer",
-        f"{folder} has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt",
-        hint="take a model that brings its tokenizer, or copy the tokenizer of the model that it "
-        "was made from into a folder of your own",
+        f"{model} has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt",
+        hint="name the tokenizer of the model that it was made from: `--engine-arg tokenizer=DIR`",
+    )
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """The names of the files right in `folder`; none where it can't be read."""
+    try:
+        return frozenset(path.name for path in folder.iterdir() if path.is_file())
+    except OSError:
+        return frozenset()
+
+
+def revision_to_ask(
+    model: str, revision: str | None, cache_dir: Path | None, here: LocalFiles | None
+) -> str | None:
+    """The commit that is cached, also where a file of it is gone; else `revision` as it is."""
+    if here is not None:
+        return here.commit
+    repo = cached_repo(model, cache_dir)
+    commit = repo.commit(revision)
+    noted = commit is not None and read_manifest(repo.snapshot(commit)) is not None
+    return commit if noted else revision
+
+
+def broken_off_problem(folder: Path, manifest: Manifest) -> Problem:
+    """A folder that a download was filling when it ended."""
+    place, model = shlex.quote(str(folder)), manifest.model
+    return Problem(
+        "model.weights_missing",
+        f"the download of {model} into {folder} did not end",
+        hint=f"run it again: `gemma-serve download --model {model} --revision {manifest.commit} "
+        f"--to {place}`",
     )
 
 

@@ -10,7 +10,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
+from gemma_serve.adapters.checksums import is_snapshot
 from gemma_serve.adapters.hub.client import cache_folder
 from gemma_serve.adapters.whole_files import write_whole
 from gemma_serve.planning.model.repo_files import RepoFile
@@ -59,9 +61,12 @@ def cached_snapshot(model: str, revision: str | None, cache_dir: Path | None = N
     """The folder of the local cache that holds the model's config.json, if any does."""
     repo = cached_repo(model, cache_dir)
     commit = repo.commit(revision)
-    if commit is None or not (repo.snapshot(commit) / "config.json").is_file():
+    if commit is None:
         return None
-    return repo.snapshot(commit)
+    try:
+        return repo.snapshot(commit) if (repo.snapshot(commit) / "config.json").is_file() else None
+    except OSError:
+        return None  # a cache that this account may not look into
 
 
 def remember_revision(repo: CachedRepo, revision: str | None, commit: str) -> None:
@@ -75,8 +80,9 @@ def remember_revision(repo: CachedRepo, revision: str | None, commit: str) -> No
     ref = repo.folder / "refs" / revision
     ref.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, a file that a kill leaves would be a revision of its own.
-    write_whole(repo.folder / f"ref-{commit}", commit)
-    (repo.folder / f"ref-{commit}").replace(ref)
+    temporary = repo.folder / f".ref-{uuid4().hex}"
+    write_whole(temporary, commit)
+    temporary.replace(ref)
 
 
 def promised_checksum(file: Path) -> str | None:
@@ -108,8 +114,7 @@ def forget_link(snapshot: Path, name: str) -> None:
 
 def forget_file(snapshot: Path, name: str) -> None:
     """Remove a damaged file with its blob, also where that is a link into a shared store."""
-    in_cache = snapshot.parent.name == "snapshots"
-    root = snapshot.parents[2] if in_cache else snapshot
+    root = snapshot.parents[2] if is_snapshot(snapshot) else snapshot
     path = snapshot / name
     while path.is_relative_to(root):
         target = path.parent / path.readlink() if path.is_symlink() else None

@@ -131,7 +131,8 @@ def only_writer(folder: Path) -> Iterator[bool]:
 
 def _fetch_blob(repo: CachedRepo, commit: str, file: RepoFile, reporting: Reporting) -> Path:
     """Put the file's content where the client looks for it."""
-    blob = repo.blob(_persistently(lambda: _find_source(repo.model, commit, file), reporting).etag)
+    source = _persistently(lambda: _find_source(repo.model, commit, file, reporting), reporting)
+    blob = repo.blob(source.etag)
     blob.parent.mkdir(parents=True, exist_ok=True)
     with _locked(repo.lock(blob.name), reporting):
         # Somebody else may have brought it meanwhile, or long ago and damaged.
@@ -152,7 +153,9 @@ class _Source:
     etag: str
 
 
-def _find_source(model: str, commit: str, file: RepoFile) -> _Source:
+def _find_source(
+    model: str, commit: str, file: RepoFile, reporting: Reporting | None = None
+) -> _Source:
     """Where the file's bytes are now; links to them hold for an hour or so."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import FileMetadataError
@@ -161,6 +164,8 @@ def _find_source(model: str, commit: str, file: RepoFile) -> _Source:
     url = hf_hub_url(model, file.name, revision=commit)
     headers = build_hf_headers()
     found = get_hf_file_metadata(url, headers=headers)
+    if reporting is not None:
+        reporting.on_life()
     if not found.etag or not _FILE_NAME.fullmatch(found.etag):
         raise FileMetadataError(f"{file.name} has no ETag that could name a file")
     if found.location != url and not _is_hub(found.location, url):
@@ -258,7 +263,7 @@ def _receive(model: str, commit: str, file: RepoFile, partial: Path, reporting: 
 def _request(model: str, commit: str, file: RepoFile, stream: _Growing, had: int) -> None:
     from huggingface_hub.file_download import http_get
 
-    source = _find_source(model, commit, file)
+    source = _find_source(model, commit, file, stream.reporting)
     try:
         http_get(
             source.url,
@@ -287,14 +292,14 @@ class _Growing(io.FileIO):
     def __init__(self, path: Path, reporting: Reporting) -> None:
         super().__init__(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         self.path = path
-        self._reporting = reporting
+        self.reporting = reporting
         self.seek(0, os.SEEK_END)
 
     def size(self) -> int:
         return os.fstat(self.fileno()).st_size
 
     def write(self, data: Any) -> int:
-        _heed(self._reporting)
+        _heed(self.reporting)
         left = memoryview(data).cast("B")
         whole = len(left)
         while left:
@@ -304,7 +309,7 @@ class _Growing(io.FileIO):
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             left = left[written or 0 :]
-        self._reporting.on_size(self.tell())
+        self.reporting.on_size(self.tell())
         return whole
 
 
@@ -313,7 +318,7 @@ def _right_by_the_client(
 ) -> None:
     """Let the client bring a file that then is in `folder`, once more where it is not right."""
     # The client takes any ETag for a file's name.
-    _persistently(lambda: _find_source(model, commit, file), reporting)
+    _persistently(lambda: _find_source(model, commit, file, reporting), reporting)
     found = ""
     for _ in range(2):
         reporting.on_size(0)
