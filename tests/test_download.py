@@ -996,8 +996,11 @@ def resize(disk: Path, size: int) -> None:
 def test_a_disk_that_fills_up_on_the_way_keeps_what_came(short: LocalHub, small_disk: Path) -> None:
     hold = Hold(ONE, after_bytes=CHUNK + 5, times=1)
     short.faults.append(hold)
+    snapshots = small_disk / repo_folder().name / "snapshots"
 
     def fill() -> None:
+        # The small files come at the same time, and are to be here before.
+        eventually(lambda: len(list(snapshots.glob("*/*"))) == len(SMALL), "the small files")
         resize(small_disk, 2 * CHUNK + 200 * 2**10)
         hold.go_on.set()
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+pytestmark = pytest.mark.alone
+
 TESTS = Path(__file__).parent
 INSTALLED = int(huggingface_hub.__version__.partition(".")[0])
 OTHER = 1 if INSTALLED > 1 else 2
@@ -46,9 +48,8 @@ def other_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         check=False,
     )  # fmt: skip
-    if done.returncode and "(from versions: none)" in done.stderr:
-        pytest.skip(f"pip reaches no index to fetch huggingface_hub {OTHER}.x from")
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        pytest.skip(f"pip can't fetch huggingface_hub {OTHER}.x: {done.stderr[-300:]}")
     return folder
 
 
