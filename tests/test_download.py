@@ -213,6 +213,8 @@ def assert_whole(
         assert path == str(found / name)
     assert (repo_folder(where) / "refs" / "main").read_text() == commit
     blobs = {path.name for path in (repo_folder(where) / "blobs").iterdir()}
+    # A program that ends may leave the client's own half of a small file, known by git's checksum.
+    blobs = {name for name in blobs if not re.fullmatch(r"[0-9a-f]{40}\..*incomplete", name)}
     assert blobs == {checksum(name, files) for name in files}
     manifest = read_manifest(found)
     assert manifest is not None
