@@ -11,7 +11,6 @@ from gemma_serve.adapters.checksums import read_manifest
 from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem
 from gemma_serve.planning.config import ServeConfig
-from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.access import AccessReport, check_access
 from gemma_serve.usecases.local_files import (
     LocalFiles,
@@ -42,14 +41,15 @@ _ROWS: dict[CheckId, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One question: its answer in a few words, and the problems that it comes with.
+    """One question, its answer, and the problems that it comes with.
 
-    `unknown` is what could not be asked, since something else is missing.
+    `unknown` is what could not be asked, since something else is missing; `is_known` is whether
+    there is an answer beside the problems.
     """
 
     id: CheckId
     state: State
-    summary: str
+    is_known: bool
     problems: tuple[Problem, ...] = ()
 
 
@@ -86,7 +86,9 @@ def check(plan: ServePlan) -> CheckReport:
     last = [problem for problem in (no_tokenizer, port) if problem is not None]
     problems = (*planned, *noted, *asked, *last)
     rows = tuple(_row(name, plan, access, problems) for name in _ROWS)
-    return CheckReport(plan, access, tuple(row for row in rows if row.summary), problems)
+    # Of the settings there is only something to say where they are odd.
+    told = tuple(row for row in rows if row.id != "settings" or row.problems)
+    return CheckReport(plan, access, told, problems)
 
 
 def _local_files(config: ServeConfig) -> LocalFiles | None:
@@ -139,13 +141,11 @@ def _row(
     name: CheckId, plan: ServePlan, access: AccessReport | None, problems: Sequence[Problem]
 ) -> CheckRow:
     own = tuple(problem for problem in problems if _row_of(problem) == name)
-    summary, known = _summary(name, plan, access)
-    blocking = next((problem for problem in own if problem.blocking), None)
-    if blocking is not None:
-        return CheckRow(name, "failed", blocking.message, own)
+    known = _is_known(name, plan, access)
+    state: State = "ok" if known else "unknown"
     if own:
-        return CheckRow(name, "warning", summary if summary and known else own[0].message, own)
-    return CheckRow(name, "ok" if known else "unknown", summary)
+        state = "failed" if any(problem.blocking for problem in own) else "warning"
+    return CheckRow(name, state, known, own)
 
 
 def _row_of(problem: Problem) -> CheckId:
@@ -158,78 +158,21 @@ def _row_of(problem: Problem) -> CheckId:
     return found
 
 
-def _summary(name: CheckId, plan: ServePlan, access: AccessReport | None) -> tuple[str, bool]:
-    """What to say where nothing is wrong, and whether it is known; "" where there is no need."""
-    if name == "engine":
-        built = f"{plan.engine.distribution or 'vLLM'} {plan.engine.version or ''}".strip()
-        return f"{built} for {'the CPU' if plan.engine.device == 'cpu' else 'GPUs'}", True
-    if name == "model":
-        return _model_summary(plan)
-    if name == "access":
-        if as_folder(plan.config.model) is not None:
-            return "not needed: a folder of this machine", True
-        return access_summary(plan.config.model, access)
-    if name == "disk":
-        return disk_summary(access)
-    if name == "gpu":
-        if plan.engine.device == "cpu":
-            return "not needed: the engine runs on the CPU", True
-        return plan.report.chosen.reason or "none", bool(plan.report.chosen.gpus)
-    if name == "plan":
-        return _plan_summary(plan)
-    if name == "port":
-        return f"{plan.config.host}:{plan.config.port} is free", True
-    return "", True
-
-
-def _model_summary(plan: ServePlan) -> tuple[str, bool]:
-    facts = plan.report.fit.facts if plan.report.fit else None
-    if facts is None:
-        return f"{plan.config.model}: unknown", False
-    parameters = f", {facts.parameters / 1e6:,.0f} M parameters" if facts.parameters else ""
-    return f"{facts.model}: {facts.architecture or facts.model_type}{parameters}", True
-
-
-def access_summary(model: str, access: AccessReport | None) -> tuple[str, bool]:
-    """Who may read the files, in a few words, and whether that is known."""
-    if access is None:
-        return "not needed: the files are here, and whole", True
-    if access.is_folder:
-        return f"not needed: {model} is on this machine", True
-    if access.offline:
-        return "not asked: HF_HUB_OFFLINE is set", access.cached is not None
-    if access.reached is False:
-        return f"{access.endpoint} gave no answer", False
-    if access.allowed is not True:
-        return f"{access.endpoint} does not let {model} be read", access.allowed is not None
-    who = "anyone" if access.token is None else access.token.account or "this token"
-    return f"{who} may read {model} at {access.endpoint}", True
-
-
-def disk_summary(access: AccessReport | None) -> tuple[str, bool]:
-    """How much is to come and how much room there is, and whether that is known."""
-    if access is None or access.is_folder:
-        return "nothing to download", True
-    if access.disk is None:
-        whole = access.cached is not None
-        return "nothing to download" if whole else "unknown how much is to be downloaded", whole
-    disk = access.disk
-    free = "unknown" if disk.free_bytes is None else file_size(disk.free_bytes)
-    if not disk.missing_bytes:
-        return f"nothing to download, {free} free in {disk.folder}", True
-    return (
-        f"{file_size(disk.missing_bytes)} to download, {free} free in {disk.folder}",
-        disk.free_bytes is not None,
-    )
-
-
-def _plan_summary(plan: ServePlan) -> tuple[str, bool]:
+def _is_known(name: CheckId, plan: ServePlan, access: AccessReport | None) -> bool:
+    """Whether the question could be answered at all."""
     fit = plan.report.fit
-    decided = fit.decision.fit if fit and fit.decision else None
-    if fit is None or decided is None:
-        return "not planned", False
-    settings = decided.settings
-    if not fit.fits:
-        return f"does not fit with {settings.max_model_len:,} tokens of context", True
-    held = f", {decided.capacity.tokens:,} tokens of KV cache" if decided.capacity else ""
-    return f"fits: {settings.max_model_len:,} tokens of context{held}", True
+    if name == "model":
+        return fit is not None and fit.facts is not None
+    if name == "plan":
+        return fit is not None and fit.decision is not None and fit.decision.fit is not None
+    if name == "gpu":
+        return plan.engine.device == "cpu" or bool(plan.report.chosen.gpus)
+    if name in ("access", "disk") and access is not None and not access.is_folder:
+        whole = access.cached is not None
+        if access.offline:
+            return whole
+        if name == "access":
+            return access.allowed is not None
+        disk = access.disk
+        return whole if disk is None else not disk.missing_bytes or disk.free_bytes is not None
+    return True

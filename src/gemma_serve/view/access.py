@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_serve.planning.sizes import file_size
 from gemma_serve.usecases.access import AccessReport
-from gemma_serve.usecases.check import disk_summary
 from gemma_serve.usecases.local_files import LocalFiles
 
 if TYPE_CHECKING:
@@ -74,6 +73,33 @@ def access_text(report: AccessReport) -> RenderableType:
     return table
 
 
+def access_summary(model: str, access: AccessReport | None) -> str:
+    """Who may read the files, in a few words; None is where nobody need be asked."""
+    if access is None:
+        return "not needed: the files are here, and whole"
+    if access.offline:
+        return "not asked: HF_HUB_OFFLINE is set"
+    if access.reached is False:
+        return f"{access.endpoint} gave no answer"
+    if access.allowed is not True:
+        return f"{access.endpoint} does not let {model} be read"
+    who = "anyone" if access.token is None else access.token.account or "this token"
+    return f"{who} may read {model} at {access.endpoint}"
+
+
+def disk_summary(access: AccessReport | None) -> str:
+    """How much is to come and how much room there is."""
+    if access is None or access.is_folder:
+        return "nothing to download"
+    if access.disk is None:
+        whole = access.cached is not None
+        return "nothing to download" if whole else "unknown how much is to be downloaded"
+    disk = access.disk
+    free = "unknown" if disk.free_bytes is None else file_size(disk.free_bytes)
+    missing = f"{file_size(disk.missing_bytes)} to download" if disk.missing_bytes else ""
+    return f"{missing or 'nothing to download'}, {free} free in {disk.folder}"
+
+
 def _rows(report: AccessReport) -> list[tuple[str, str]]:
     if report.is_folder:
         return [("model", f"{report.model} is on this machine; nobody need be asked")]
@@ -83,7 +109,7 @@ def _rows(report: AccessReport) -> list[tuple[str, str]]:
     rows.append(("files", _files(report)))
     rows.append(("cache", _cache(report)))
     if not report.offline:
-        rows.append(("disk", disk_summary(report)[0]))
+        rows.append(("disk", disk_summary(report)))
     return rows
 
 
@@ -120,8 +146,8 @@ def _licence(report: AccessReport) -> str:
     gated = report.repository is not None and report.repository.gated
     if report.allowed:
         return "accepted" if gated else "the files are open to this account"
-    if gated and report.token is None:
-        return "to be accepted, and asked for with a token"
+    if report.token is None:
+        return "to be accepted, and asked for with a token" if gated else "a token is needed"
     return "not accepted by this account" if gated else "the files are not open to this account"
 
 

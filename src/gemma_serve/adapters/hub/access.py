@@ -177,14 +177,14 @@ def _file(name: str, size: int | None, blob_id: str | None, lfs: Any) -> RepoFil
 def _check_licence(model: str) -> bool:
     """Ask whether this account may read the files. Mirrors may not know the question."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().auth_check(model)
-    except Exception as error:
-        code = getattr(getattr(error, "response", None), "headers", {}).get("X-Error-Code")
-        if http_status(error) in (404, 405, 501) and code is None:
-            return True
-        raise
+    except HfHubHTTPError as error:
+        is_the_hubs_own = "X-Error-Code" in error.response.headers
+        if is_the_hubs_own or http_status(error) not in (404, 405, 501):
+            raise
     return True
 
 

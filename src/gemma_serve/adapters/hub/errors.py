@@ -82,10 +82,10 @@ def http_status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def broke_off(error: BaseException) -> bool:
-    """Whether the connection broke or fell silent while the answer was coming."""
+def broken_connections() -> tuple[type[Exception], ...]:
+    """What says that the connection broke or fell silent while the answer was coming."""
     names = ("NetworkError", "TimeoutException", "RemoteProtocolError")
-    return isinstance(error, tuple(getattr(m, name) for m in _transports() for name in names))
+    return tuple(getattr(module, name) for module in _transports() for name in names)
 
 
 def _table() -> Iterator[tuple[type[BaseException], Callable[[Any, Asked], Problem]]]:
@@ -111,10 +111,7 @@ def _table() -> Iterator[tuple[type[BaseException], Callable[[Any, Asked], Probl
         ("FileMetadataError", _not_the_hub),
         ("XetDownloadError", _unreachable),
         ("XetError", _unreachable),
-        (
-            "CachedRepoTreeNotFoundError",
-            _not_cached,
-        ),
+        ("CachedRepoTreeNotFoundError", _not_cached),
         ("CacheNotFound", _not_cached),
         ("CorruptedCacheException", _corrupt_cache),
         ("LocalEntryNotFoundError", _not_cached),

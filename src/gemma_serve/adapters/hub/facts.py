@@ -10,7 +10,12 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from gemma_serve.adapters.hub.client import TIME_LIMIT_S, ask_side_by_side, find_token
+from gemma_serve.adapters.hub.client import (
+    TIME_LIMIT_S,
+    TokenSource,
+    ask_side_by_side,
+    find_token,
+)
 from gemma_serve.adapters.hub.errors import Asked, as_the_hub_would_answer, problem_for
 from gemma_serve.errors import Problem
 from gemma_serve.planning.model.facts import FactsReading, facts_from_config
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 # Headers are asked for side by side: a large model has a dozen files.
 _AT_ONCE = 8
+_TOKEN_LIMIT_S = 1.0
 # What settles that there is no such model, or none that can be served; the rest leaves it open.
 _SETTLES = frozenset(
     {"hub.not_found", "hub.revision_not_found", "model.no_config", "model.weights_broken"}
@@ -52,17 +58,12 @@ def read_hub(
     answer = ask_side_by_side(question, time_limit_s)["facts"]
     if isinstance(answer, FactsReading):
         return answer
-    asked = Asked(model, revision, has_token=_has_token())
+    # Even that may ask somebody: the client renews some tokens.
+    source = ask_side_by_side({"token": find_token}, _TOKEN_LIMIT_S)["token"]
+    has_token = isinstance(source, TokenSource) and source.is_sent
+    asked = Asked(model, revision, has_token=has_token)
     problem = problem_for(answer, asked)
     return FactsReading(problems=(replace(problem, blocking=problem.code in _SETTLES),))
-
-
-def _has_token() -> bool:
-    try:
-        source = find_token()
-        return source is not None and source.is_sent
-    except Exception:
-        return False
 
 
 def _ask(model: str, revision: str | None, time_limit_s: float) -> FactsReading:

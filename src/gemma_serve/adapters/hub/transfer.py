@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from gemma_serve.adapters.checksums import check_file
 from gemma_serve.adapters.hub.cache import CachedRepo, cached_repo, forget_file
-from gemma_serve.adapters.hub.errors import WrongContentError, broke_off, http_status
+from gemma_serve.adapters.hub.errors import WrongContentError, broken_connections, http_status
 from gemma_serve.planning.model.repo_files import RepoFile
 
 T = TypeVar("T")
@@ -244,9 +244,7 @@ def _receive(model: str, commit: str, file: RepoFile, partial: Path, reporting: 
             broken: Exception | None = None
             try:
                 _request(model, commit, file, stream, had)
-            except Exception as error:
-                if not broke_off(error):
-                    raise
+            except broken_connections() as error:
                 broken = error
             has = stream.size()
         # Without an error it may have ended early too, where nobody said how long it is.
@@ -324,7 +322,7 @@ def _right_by_the_client(
         reporting.on_size(0)
         try:
             _by_the_client(model, commit, file, reporting, **where)
-        except Exception as error:
+        except OSError as error:
             if not _is_about_the_length(error):
                 raise
             found = f"it has another length than {file.size_bytes:,} bytes"
@@ -353,9 +351,7 @@ def _persistently(ask: Callable[[], T], reporting: Reporting) -> T:
         _heed(reporting)
         try:
             return ask()
-        except Exception as error:
-            if not broke_off(error):
-                raise
+        except broken_connections():
             sleep(in_vain * _PAUSE_S)
     _heed(reporting)
     return ask()
