@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from gemma_serve.planning.config import ServeConfig
+from gemma_serve.planning.phases import PHASE_TIMEOUTS_S
 from gemma_serve.planning.settings import SETTINGS, Setting
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -52,6 +53,28 @@ In the environment they are one JSON object: `GEMMA_SERVE_ENGINE_ARGS='{"seed": 
 several places are merged one by one. A flag that is a setting above is refused, so that no value
 has two homes.
 
+## Time-outs of the phases of a start
+
+`--phase-timeout PHASE=SECONDS` says how long a phase may go on without progress, as often as
+needed: `--phase-timeout weights=7200` for a slow disk. In a file it is a mapping, in the
+environment one JSON object, `GEMMA_SERVE_PHASE_TIMEOUTS='{"weights": 7200}'`; entries from several
+places are merged one by one. A blank may be written `-` or `_`, and capitals don't matter:
+`kv-cache`. vLLM's own clock for the whole start, `VLLM_ENGINE_READY_TIMEOUT_S`, is set to their
+sum.
+
+| phase | default, in seconds |
+|---|---|
+@@phases@@
+## What the engine compiles
+
+Graphs and kernels that vLLM, torch, Triton and FlashInfer compile are kept below one folder: that
+of `--cache-dir`, else `gemma-serve` in the platform's cache folder (`~/.cache/gemma-serve` on
+Linux). Mount a volume there and a new machine starts warm. In it each version of vLLM and torch
+and each kind of GPU has a folder of its own, so that none meets what another compiled. A variable
+that you set yourself stays as it is: `VLLM_CACHE_ROOT`, `TORCHINDUCTOR_CACHE_DIR`,
+`TRITON_CACHE_DIR`, `FLASHINFER_WORKSPACE_BASE`. Kernels that you downloaded for FlashInfer to
+`~/.cache/flashinfer` are found with `FLASHINFER_WORKSPACE_BASE=$HOME`.
+
 ## Not settings
 
 | variable | what it does |
@@ -68,7 +91,8 @@ has two homes.
 
 def reference() -> str:
     """The whole page."""
-    return HEAD + "".join(map(_row, SETTINGS)) + TAIL
+    phases = "".join(f"| {phase} | {limit:g} |\n" for phase, limit in PHASE_TIMEOUTS_S.items())
+    return HEAD + "".join(map(_row, SETTINGS)) + TAIL.replace("@@phases@@\n", f"{phases}\n")
 
 
 def _row(setting: Setting) -> str:
@@ -76,7 +100,8 @@ def _row(setting: Setting) -> str:
     if setting.kind == "switch":
         flag = f"{setting.flag}, --no-{setting.flag[2:]}"
     default = ServeConfig.model_fields[setting.name].get_default(call_default_factory=True)
-    shown = "" if default in (None, {}) else f"`{str(default).lower()}`"
+    text = f"{default:g}" if isinstance(default, float) else str(default).lower()
+    shown = "" if default in (None, {}) else f"`{text}`"
     if setting.name == "model":
         shown = ""
     cells = [f"`{setting.name}`", f"`{flag}`", f"`{setting.variable}`", shown, setting.help]

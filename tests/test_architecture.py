@@ -26,6 +26,7 @@ HOMES = {
     "pynvml": {"adapters"},
     "yaml": {"adapters", "view"},
     "platformdirs": {"adapters"},
+    "prometheus_client": {"adapters"},
     "psutil": {"adapters", "engine"},
     "pydantic": {"planning"},
     "pydantic_core": {"planning"},

@@ -153,7 +153,7 @@ def test_an_idle_card_in_full(tmp_path: Path) -> None:
                     "--host", "127.0.0.1", "--port", "8000", "--tensor-parallel-size", "1",
                     "--gpu-memory-utilization", "0.9", "--max-model-len", "8192",
                     "--max-num-seqs", "1024", "--max-num-batched-tokens", "8192",
-                    "--chat-template", TEMPLATE,
+                    "--shutdown-timeout", "60", "--chat-template", TEMPLATE,
                 ],
                 # What is estimated is held by its sums, below.
                 "memory": {

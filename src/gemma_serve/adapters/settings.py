@@ -38,28 +38,38 @@ def read_environment(environ: Mapping[str, str]) -> FoundSettings:
     """The settings among the `GEMMA_SERVE_*` variables; unknown ones become a warning.
 
     Raises:
-        UsageError: `GEMMA_SERVE_ENGINE_ARGS` isn't a YAML or JSON mapping.
+        UsageError: a variable that should hold a mapping, as `GEMMA_SERVE_ENGINE_ARGS`, isn't
+            one in YAML or JSON.
     """
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         text = environ.get(setting.variable)
         if text and not (setting.name == "port" and text.startswith("tcp://")):
             values[setting.name] = text
-    if "engine_args" in values:
-        values["engine_args"] = _engine_args_variable(values["engine_args"])
+    for name in _MAPPINGS.keys() & values.keys():
+        values[name] = _mapping_variable(name, values[name])
     origins = {name: ENVIRONMENT_PREFIX + name.upper() for name in values}
     unknown = tuple(_unknown_variable(name) for name in sorted(environ) if _is_unknown(name))
     return FoundSettings(values, origins, unknown)
 
 
-def _engine_args_variable(text: str) -> Mapping[str, Any]:
-    value = _parse_yaml(text, "GEMMA_SERVE_ENGINE_ARGS")
+# The settings that are mappings: of what, and an example.
+_MAPPINGS = {
+    "engine_args": ("vLLM's flags to values", '{"seed": 7}'),
+    "phase_timeouts": ("phases to seconds", '{"weights": 7200}'),
+}
+
+
+def _mapping_variable(name: str, text: str) -> Mapping[str, Any]:
+    variable = ENVIRONMENT_PREFIX + name.upper()
+    value = _parse_yaml(text, variable)
     if isinstance(value, dict):
         return value
+    content, example = _MAPPINGS[name]
     raise UsageError(
-        "GEMMA_SERVE_ENGINE_ARGS is not a mapping of vLLM's flags to values",
+        f"{variable} is not a mapping of {content}",
         code="config.invalid_value",
-        hint="""write it as JSON: GEMMA_SERVE_ENGINE_ARGS='{"seed": 7}'""",
+        hint=f"write it as JSON: {variable}='{example}'",
     )
 
 

@@ -1,55 +1,263 @@
-"""Deployments on disk: one folder each, with what is running and the engine's log."""
+"""Deployments on disk: one folder each, with what is running, its settings, log and events."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, Literal
 
 from gemma_serve.adapters.settings import STATE_DIR_VARIABLE
 from gemma_serve.adapters.whole_files import write_whole
-from gemma_serve.errors import GemmaServeError, UsageError
+from gemma_serve.errors import GemmaServeError, Problem, UsageError
+from gemma_serve.planning.process_id import Member, ProcessId, SharedFile
+
+State = Literal[
+    "starting", "ready", "unhealthy", "restarting", "stopping", "stopped", "failed", "unreadable"
+]
 
 _RECORD = "deployment.json"
-_LOG = "engine.log"
+_STOP_REQUEST = "stop.json"
+_SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """One engine that `up` started.
+    """One engine that `up` started, as its supervisor last wrote it down.
 
-    `pid` is the leader's; with `started_at` (seconds since 1970, as the kernel counts them) it
-    names one process for good. Of an API key only the file's path is kept.
+    Times are seconds since 1970, for people; processes are named by `ProcessId`, which no change
+    of the clock touches, and hold for the boot `boot_id` only. `needs_key` and `api_key_file` say
+    how clients prove themselves; the key itself is never written. `phase_began_at` belongs to
+    `phase`, the last one of the start.
     """
 
     name: str
+    folder: Path
+    state: State
+    changed_at: float
     url: str
     served_model_name: str
     model: str
-    pid: int
+    boot_id: str
     started_at: float
-    log: Path
+    supervisor: ProcessId | None = None
+    guard: ProcessId | None = None
+    leader: ProcessId | None = None
+    members: tuple[Member, ...] = ()
+    shared_files: tuple[SharedFile, ...] = ()
+    temporary_folder: Path | None = None
+    detached: bool = False
+    engine: str = ""
+    gpus: tuple[str, ...] = ()
+    phase: str = ""
+    phase_began_at: float = 0.0
+    ready_s: float | None = None
+    ready_at: float | None = None
+    restart: str = "no"
+    restarts: int = 0
+    needs_key: bool = False
     api_key_file: Path | None = None
-    ready: bool = False
+    problem: Problem | None = None
+
+    @property
+    def log(self) -> Path:
+        """What the engine prints."""
+        return self.folder / "engine.log"
+
+    @property
+    def events(self) -> Path:
+        """What happened since the last `up`, as JSON lines."""
+        return self.folder / "events.jsonl"
 
 
-def deployment_name(served_name: str, port: int) -> str:
-    """The folder's name: `gemma-7b-it-8000`."""
-    slug = re.sub(r"[^a-z0-9.]+", "-", served_name.rsplit("/", 1)[-1].lower()).strip("-.")
-    return f"{slug or 'model'}-{port}"
+@dataclass(frozen=True)
+class DeploymentFolder:
+    """The files of one deployment."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The deployment's name."""
+        return self.path.name
+
+    @property
+    def log(self) -> Path:
+        """The engine's output; older parts are beside it as `.1`, `.2`, ..."""
+        return self.path / "engine.log"
+
+    @property
+    def events(self) -> Path:
+        """What happened since the last `up`, as JSON lines; that before is in `.1`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def run(self) -> Path:
+        """The configuration as run."""
+        return self.path / "run.json"
+
+    @property
+    def timeline(self) -> Path:
+        """How long each phase of the last good start took."""
+        return self.path / "timeline.json"
+
+    @property
+    def suspect(self) -> Path:
+        """There while a start compiles: the folders whose content is not to be trusted then."""
+        return self.path / "compiling.json"
+
+    @property
+    def supervisor_log(self) -> Path:
+        """What a supervisor in the background, or a guard, has to say of its own failures."""
+        return self.path / "supervisor.log"
+
+    def begin(self) -> None:
+        """Make room for a new run: the last one's log and events are kept as `.1`.
+
+        Raises:
+            UsageError: the state folder can't be written.
+        """
+        try:
+            _private_folder(self.path)
+            self.stop_request.unlink(missing_ok=True)
+            for file in (self.log, self.events):
+                if file.exists():
+                    file.replace(file.with_name(f"{file.name}.1"))
+                os.close(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    @property
+    def stop_request(self) -> Path:
+        """How `stop` tells the supervisor more than a signal can."""
+        return self.path / _STOP_REQUEST
+
+    def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
+        """Write one of the files whole, for its owner only.
+
+        Raises:
+            UsageError: it can't be written.
+        """
+        try:
+            write_whole(path, json.dumps(value, default=str, indent=1), mode=0o600)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    def read_json(self, path: Path) -> dict[str, Any] | None:
+        """What `write_json` wrote; None for a file that is missing or damaged."""
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def add_event(self, line: Mapping[str, Any]) -> OSError | None:
+        """Append one event; what kept it from being written."""
+        try:
+            handle = os.open(self.events, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+            try:
+                os.write(handle, json.dumps(line, default=str).encode() + b"\n")
+            finally:
+                os.close(handle)
+        except OSError as error:
+            return error
+        return None
+
+    def write_holder(self, lock: Lock) -> None:
+        """Note in the lock's file who we are, for when the record gets damaged."""
+        with suppress(OSError):
+            os.ftruncate(lock.fd, 0)
+            os.pwrite(lock.fd, json.dumps({"pid": os.getpid()}).encode(), 0)
+
+    def holder(self) -> int | None:
+        """The pid of whoever claimed the name last; None where that can't be read."""
+        value = self.read_json(self.path / "lock")
+        pid = None if value is None else value.get("pid")
+        return pid if isinstance(pid, int) else None
+
+    def load(self) -> Deployment | None:
+        """The record; None where there is none. A damaged one has the state `unreadable`."""
+        try:
+            text = (self.path / _RECORD).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return self._unreadable()
+        try:
+            return _read_record(json.loads(text), self.path)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return self._unreadable()
+
+    def _unreadable(self) -> Deployment:
+        return Deployment(
+            name=self.name, folder=self.path, state="unreadable", changed_at=0.0, url="",
+            served_model_name="", model="", boot_id="", started_at=0.0,
+        )  # fmt: skip
+
+    def save(self, deployment: Deployment) -> None:
+        """Write the record whole: a reader sees the old one or the new one, never half of it.
+
+        Raises:
+            UsageError: the state folder can't be written.
+        """
+        fields = asdict(deployment)
+        del fields["folder"]
+        self.write_json(self.path / _RECORD, {"schema": _SCHEMA, **fields})
+
+
+def _read_record(fields: dict[str, Any], folder: Path) -> Deployment:
+    if fields.pop("schema") != _SCHEMA:
+        raise ValueError("written by another version")
+
+    def process(value: Any) -> ProcessId | None:
+        return None if value is None else ProcessId(int(value["pid"]), int(value["start_ticks"]))
+
+    def path(value: Any) -> Path | None:
+        return None if value is None else Path(value)
+
+    members = []
+    for value in fields["members"]:
+        found = process(value["process"])
+        if found is not None:
+            members.append(Member(found, value["title"]))
+    problem = fields["problem"]
+    return Deployment(
+        **{
+            **fields,
+            "folder": folder,
+            "supervisor": process(fields["supervisor"]),
+            "guard": process(fields["guard"]),
+            "leader": process(fields["leader"]),
+            "members": tuple(members),
+            "shared_files": tuple(SharedFile(**value) for value in fields["shared_files"]),
+            "temporary_folder": path(fields["temporary_folder"]),
+            "api_key_file": path(fields["api_key_file"]),
+            "gpus": tuple(fields["gpus"]),
+            "problem": None if problem is None else Problem(**problem),
+        }
+    )
 
 
 def deployments_dir(environ: Mapping[str, str] | None = None) -> Path:
     """The folder of all deployments."""
     return state_dir(environ) / "deployments"
+
+
+def deployment_folder(name: str, environ: Mapping[str, str] | None = None) -> DeploymentFolder:
+    """The folder of the deployment `name`, which need not exist."""
+    return DeploymentFolder(deployments_dir(environ) / name)
+
+
+def all_deployments(environ: Mapping[str, str] | None = None) -> list[Deployment]:
+    """Every deployment that is written down, by name, whatever became of it."""
+    folders = sorted(path.parent for path in deployments_dir(environ).glob(f"*/{_RECORD}"))
+    found = (DeploymentFolder(path).load() for path in folders)
+    return [deployment for deployment in found if deployment is not None]
 
 
 def state_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -62,98 +270,71 @@ def state_dir(environ: Mapping[str, str] | None = None) -> Path:
     return platformdirs.user_state_path("gemma-serve")
 
 
-def prepare_log(name: str, environ: Mapping[str, str] | None = None) -> Path:
-    """An empty log, readable by its owner only; the one of the last start moves to `.1`.
+@dataclass
+class Lock:
+    """A claim that holds for as long as a process has `fd` open; a guard inherits it."""
+
+    fd: int = field(default=-1)
+
+    def release(self) -> None:
+        """Give up our own hold of it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def claim_name(name: str, environ: Mapping[str, str] | None = None) -> Lock | None:
+    """Claim the deployment `name`; None while somebody has it: its supervisor or its guard.
 
     Raises:
         UsageError: the state folder can't be written.
     """
-    folder = deployments_dir(environ) / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        log = folder / _LOG
-        if log.exists():
-            log.replace(folder / f"{_LOG}.1")
-        os.close(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-    return log
+    return _claim(deployments_dir(environ) / name / "lock")
 
 
-def save_deployment(deployment: Deployment) -> None:
-    """Write the record whole: a reader sees the old one or the new one, never half of it.
-
-    Raises:
-        UsageError: the state folder can't be written.
-    """
-    folder = deployment.log.parent
-    text = json.dumps(asdict(deployment), default=str, indent=1)
-    try:
-        write_whole(folder / _RECORD, text, mode=0o600)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def remove_deployment(deployment: Deployment) -> None:
-    """Forget a deployment that ended; its log stays, and so does a record of another process."""
-    record = deployment.log.parent / _RECORD
-    found = _load(record)
-    if found is None or found.pid == deployment.pid:
-        record.unlink(missing_ok=True)
-
-
-@contextmanager
-def claim_port(port: int, environ: Mapping[str, str] | None = None) -> Iterator[None]:
+def claim_port(port: int, environ: Mapping[str, str] | None = None) -> Lock:
     """Keep others of ours off `port` while the engine, which binds it late, is starting.
 
     Raises:
         GemmaServeError: another `up` has claimed it.
         UsageError: the state folder can't be written.
     """
-    folder = deployments_dir(environ)
+    lock = _claim(state_dir(environ) / "ports" / f"{port}.lock")
+    if lock is None:
+        raise GemmaServeError(
+            f"another `gemma-serve up` is using port {port}",
+            code="port.in_use",
+            hint="use another port: --port 0 takes any that is free",
+        )
+    return lock
+
+
+def _claim(path: Path) -> Lock | None:
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (folder / f"port-{port}.lock").open("w")
+        _private_folder(path.parent)
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise _unwritable(folder, error) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise GemmaServeError(
-                f"another `gemma-serve up` is using port {port}",
-                code="port.in_use",
-                hint="use another port: --port 0 takes any that is free",
-            ) from None
-        yield
-
-
-def running_deployments(environ: Mapping[str, str] | None = None) -> list[Deployment]:
-    """The deployments whose leader is alive, by name. Records that can't be read don't count."""
-    records = sorted(deployments_dir(environ).glob(f"*/{_RECORD}"))
-    found = [deployment for path in records if (deployment := _load(path)) is not None]
-    return [deployment for deployment in found if _is_alive(deployment)]
-
-
-def _load(path: Path) -> Deployment | None:
+        raise _unwritable(path.parent, error) from None
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        key_file = fields["api_key_file"]
-        fields["log"] = Path(fields["log"])
-        fields["api_key_file"] = None if key_file is None else Path(key_file)
-        return Deployment(**fields)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise _unwritable(path.parent, error) from None
+    return Lock(fd)
 
 
-def _is_alive(deployment: Deployment) -> bool:
-    """Whether the very process that was started still runs: pids are used again."""
-    try:
-        process = psutil.Process(deployment.pid)
-        same = abs(process.create_time() - deployment.started_at) < 1
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+def _private_folder(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(OSError):
+        path.chmod(0o700)
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:

@@ -29,6 +29,15 @@ ConfigFile = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+DeploymentName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[NAME]", help="The deployment; by default the only one.", show_default=False
+    ),
+]
+NameOption = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="The same as the argument.")
+]
 ForGpu = Annotated[
     str | None,
     typer.Option(
@@ -139,9 +148,12 @@ def _parameter(setting: Setting) -> inspect.Parameter:
 
 def _given_flags(values: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in values.items() if value not in (None, [])}
-    if "engine_args" in given:
-        given["engine_args"] = dict(_key_value(text) for text in given["engine_args"])
+    for name in _REPEATED & given.keys():
+        given[name] = dict(_key_value(text) for text in given[name])
     return given
+
+
+_REPEATED = {setting.name for setting in SETTINGS if setting.kind == "repeated"}
 
 
 def _key_value(text: str) -> tuple[str, str | bool]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_serve.cli.options import AsJson
+from gemma_serve.cli.options import AsJson, DeploymentName
 
 if TYPE_CHECKING:
     from gemma_serve.adapters.state import Deployment
@@ -42,6 +42,7 @@ Timeout = Annotated[
 
 
 def smoke_test(
+    name: DeploymentName = None,
     url: Url = None,
     model: ServedModel = None,
     api_key_file: ApiKeyFile = None,
@@ -66,7 +67,7 @@ def smoke_test(
     )
 
     if url is None:
-        found = _only_deployment()
+        found = _only_deployment(name)
         url, model = found.url, model or found.served_model_name
         if api_key_file is None and not os.environ.get(API_KEY_VARIABLE):
             api_key_file = found.api_key_file
@@ -84,29 +85,23 @@ def smoke_test(
     return EXIT_OK if report.ok else EXIT_NO
 
 
-def _only_deployment() -> Deployment:
-    """The one that runs. Raises GemmaServeError for none, UsageError for several."""
-    from gemma_serve.adapters.state import running_deployments
-    from gemma_serve.errors import GemmaServeError, UsageError
+def _only_deployment(name: str | None) -> Deployment:
+    """The one that is meant. Raises GemmaServeError for none that runs, UsageError for several."""
+    from gemma_serve.errors import GemmaServeError
+    from gemma_serve.usecases.deployments import find_deployment
 
-    running = running_deployments()
-    if not running:
+    found = find_deployment(name, os.environ)
+    deployment = found.deployment
+    if not found.running:
         raise GemmaServeError(
-            "no deployment is running on this machine",
+            f"{deployment.name} is not running, it is {deployment.state}",
             code="smoke.no_deployment",
             hint="start one with `gemma-serve up`, or name an endpoint with --url",
         )
-    if len(running) > 1:
-        names = ", ".join(f"{one.name} ({one.url})" for one in running)
-        raise UsageError(
-            f"{len(running)} deployments are running: {names}",
-            code="smoke.several_deployments",
-            hint=f"choose one: --url {running[0].url}",
-        )
-    if not running[0].ready:
+    if deployment.state == "starting":
         raise GemmaServeError(
-            f"{running[0].name} is still starting",
+            f"{deployment.name} is still starting",
             code="smoke.starting",
             hint="wait until `up` says ready; or let it test by itself: `up --smoke-test`",
         )
-    return running[0]
+    return deployment

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemma_serve.cli.options import AsJson, ConfigFile, Force, with_settings
-from gemma_serve.errors import EXIT_NO, EXIT_OK, GemmaServeError
+from gemma_serve.errors import EXIT_NO, EXIT_OK, GemmaServeError, UsageError
+
+if TYPE_CHECKING:
+    from gemma_serve.usecases.plan import ServePlan
+    from gemma_serve.view.up import UpView
 
 
 @with_settings()
 def up(
     *,
     flags: dict[str, Any],
+    deployment: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="The same as --name.", show_default=False),
+    ] = None,
     config: ConfigFile = None,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", "-d", help="Return when it is ready, and let it run on."),
+    ] = False,
     smoke_test: Annotated[
         bool, typer.Option("--smoke-test", help="Test the endpoint once it is ready.")
     ] = False,
@@ -28,25 +42,27 @@ def up(
 ) -> int:
     """Start Gemma, show that it answers, and serve until Ctrl-C."""
     from gemma_serve.adapters.settings import read_api_key
-    from gemma_serve.usecases.bring_model import bring_model
-    from gemma_serve.usecases.check import check
-    from gemma_serve.usecases.plan import ServePlan, make_plan
     from gemma_serve.usecases.up import UpOptions
     from gemma_serve.usecases.up import up as run
     from gemma_serve.view.up import UpView
 
-    def decide() -> ServePlan:
-        return make_plan(flags, environ=os.environ, file=config, force=force)
+    if detach and once:
+        raise UsageError(
+            "--once stops when it is ready, and --detach lets it run on",
+            code="usage",
+            hint="leave one of the two out",
+        )
+    if deployment is not None:
+        from gemma_serve.cli.deployments import one_name
 
+        flags["name"] = one_name(deployment, flags.get("name"))
     view = UpView(as_json=as_json)
-    report = check(decide())
-    view.checked(report)
-    blocking = [problem for problem in report.problems if problem.blocking]
-    if blocking:
-        raise GemmaServeError.of(blocking)
+    if detach:
+        return start_detached(
+            flags, environ=os.environ, view=view, file=config, force=force, smoke_test=smoke_test
+        )
     with view:
-        plan = bring_model(report, decide, on_event=view.on_event)
-        view.starting(plan)
+        plan = _prepare(flags, os.environ, view, file=config, force=force)
         result = run(
             plan,
             options=UpOptions(smoke_test=smoke_test, once=once),
@@ -56,3 +72,63 @@ def up(
         )
     view.result(result)
     return EXIT_OK if result.ok else EXIT_NO
+
+
+def start_detached(
+    flags: Mapping[str, Any],
+    *,
+    environ: Mapping[str, str],
+    view: UpView,
+    file: Path | None = None,
+    force: bool = False,
+    smoke_test: bool = False,
+) -> int:
+    """Start it in the background and return when it is ready; `up --detach` and `restart`."""
+    from gemma_serve.adapters.settings import read_api_key
+    from gemma_serve.usecases.detach import up_detached
+
+    with view:
+        plan = _prepare(flags, environ, view, file=file, force=force)
+        result = up_detached(
+            plan,
+            smoke_test=smoke_test,
+            environ=environ,
+            api_key=read_api_key(environ, plan.config.api_key_file),
+            on_event=view.on_event,
+        )
+    view.detached(result)
+    return EXIT_OK if result.ok else EXIT_NO
+
+
+def _prepare(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    view: UpView,
+    *,
+    file: Path | None,
+    force: bool,
+) -> ServePlan:
+    """Decide, check everything, and bring the model; what was found is shown by `view`."""
+    from gemma_serve.usecases.bring_model import bring_model
+    from gemma_serve.usecases.check import check
+    from gemma_serve.usecases.deployments import refuse_if_running
+    from gemma_serve.usecases.plan import make_plan
+    from gemma_serve.usecases.run import name_of
+
+    def decide() -> ServePlan:
+        return make_plan(flags, environ=environ, file=file, force=force)
+
+    plan = decide()
+    # Before the checks: what a killed supervisor left may hold the port and the memory.
+    ended = refuse_if_running(name_of(plan), environ)
+    if ended:
+        view.ended_leftovers(name_of(plan), ended)
+        plan = decide()
+    report = check(plan)
+    view.checked(report)
+    blocking = [problem for problem in report.problems if problem.blocking]
+    if blocking:
+        raise GemmaServeError.of(blocking)
+    plan = bring_model(report, decide, on_event=view.on_event)
+    view.starting(plan)
+    return plan

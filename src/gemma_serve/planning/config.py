@@ -5,15 +5,24 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from gemma_serve.errors import Problem, UsageError
+from gemma_serve.planning.phases import PHASE_TIMEOUTS_S, PHASES
 from gemma_serve.planning.settings import SETTINGS, Setting
 
 # vLLM's own reading of sizes: capital letters are powers of 1024, small ones of 1000.
@@ -27,11 +36,14 @@ _SECRET_FLAGS = ("api-key", "hf-token")
 _OTHER_NAMES = {
     "tensor_parallel_size": ("tp",),
     "gpu_memory_utilization": ("device-memory-utilization",),
-    "drain_timeout": ("shutdown-timeout",),
 }
 # With these the server would listen elsewhere or speak otherwise than `up` and clients expect.
 _MOVE_THE_ENDPOINT = ("uds", "ssl", "headless", "grpc", "root-path", "config")
 _SETTINGS_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+# A folder of its own on every file system, and part of a host's name or a label as it is.
+_DEPLOYMENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_LONGEST_NAME = 63
 
 
 def parse_count(value: object) -> object:
@@ -73,10 +85,38 @@ def _program(value: object) -> object:
     return _absolute(value) if isinstance(value, str) and "/" in value else value
 
 
+def _restart(value: object) -> object:
+    """YAML reads a bare `no` as false."""
+    return "no" if value is False else value
+
+
+def _deployment(name: str) -> str:
+    if _DEPLOYMENT.fullmatch(name):
+        return name
+    raise ValueError(
+        "it should be made of lower-case letters, digits, `.`, `_` and `-`, start with a letter "
+        f"or a digit, and have at most {_LONGEST_NAME} characters"
+    )
+
+
+def phase_name(text: str) -> str:
+    """A phase as `PHASES` spells it: `kv-cache` is `KV cache`. Others stay as they are."""
+    return _PHASES_BY_KEY.get(_phase_key(text), text)
+
+
+def _phase_key(text: str) -> str:
+    return re.sub(r"[\s_-]+", "-", text.strip().lower())
+
+
+_PHASES_BY_KEY = {_phase_key(phase): phase for phase in PHASES}
+
+
 Count = Annotated[int, BeforeValidator(_no_switch), Field(ge=1)]
 UserPath = Annotated[Path, BeforeValidator(_absolute)]
 Program = Annotated[Path, BeforeValidator(_program)]
 Name = Annotated[str, Field(min_length=1)]
+WholeSeconds = Annotated[int, BeforeValidator(_no_switch), Field(ge=0)]
+Seconds = Annotated[float, BeforeValidator(_no_switch), Field(gt=0, allow_inf_nan=False)]
 EngineArg = bool | int | float | str | list[Any] | dict[str, Any]
 
 
@@ -91,6 +131,7 @@ class ServeConfig(BaseModel):
     model: Name = "demo"
     revision: Name | None = None
     served_model_name: Name | None = None
+    name: Annotated[str, AfterValidator(_deployment)] | None = None
     host: Name = "127.0.0.1"
     port: Annotated[int, BeforeValidator(_no_switch), Field(ge=0, le=65535)] = 8000
     tensor_parallel_size: Count | None = None
@@ -110,15 +151,45 @@ class ServeConfig(BaseModel):
     profile: Literal["exact"] = "exact"
     engine_python: Program | None = None
     download_dir: UserPath | None = None
+    cache_dir: UserPath | None = None
     api_key_file: UserPath | None = None
     allow_unauthenticated: bool = False
-    drain_timeout: Annotated[int, BeforeValidator(_no_switch), Field(ge=0)] = 0
+    drain_timeout: WholeSeconds = 0
+    shutdown_timeout: WholeSeconds = 60
+    restart: Annotated[Literal["no", "on-failure"] | None, BeforeValidator(_restart)] = None
+    probe_interval: Seconds = 5.0
+    probe_deadline: Seconds = 20.0
+    phase_timeouts: dict[str, Seconds] = Field(default_factory=dict)
     engine_args: dict[str, EngineArg] = Field(default_factory=dict)
+
+    @field_validator("phase_timeouts")
+    @classmethod
+    def _only_phases(cls, limits: dict[str, float]) -> dict[str, float]:
+        named = {phase_name(phase): limit for phase, limit in limits.items()}
+        unknown = next((phase for phase in named if phase not in PHASES), None)
+        if unknown is not None:
+            raise ValueError(f"`{unknown}` is no phase of a start, which are {', '.join(PHASES)}")
+        return named
 
     @field_validator("engine_args")
     @classmethod
     def _only_flags_that_are_not_ours(cls, args: dict[str, EngineArg]) -> dict[str, EngineArg]:
         return {_checked_arg(name): value for name, value in args.items()}
+
+
+def phase_limits_s(config: ServeConfig) -> dict[str, float]:
+    """How long each phase of the start may go on without progress, in seconds, in their order."""
+    return {**PHASE_TIMEOUTS_S, **config.phase_timeouts}
+
+
+def deployment_name(served_name: str) -> str:
+    """A deployment's name for a model: `google/gemma-7b-it` is `gemma-7b-it`.
+
+    Always one that `--name` would take.
+    """
+    last = served_name.rstrip("/").rsplit("/", 1)[-1].lower()
+    slug = re.sub(r"[^a-z0-9._]+", "-", last).strip("-._")
+    return slug[:_LONGEST_NAME].rstrip("-._") or "model"
 
 
 def arg_name(name: str) -> str:
@@ -189,10 +260,18 @@ class ResolvedConfig:
         return ResolvedConfig(config, {**self.sources, **sources})
 
 
+# The settings with entries of their own, and how the name of an entry is spelled.
+_MERGED: Mapping[str, Callable[[str], str]] = {
+    "engine_args": arg_name,
+    "phase_timeouts": phase_name,
+}
+
+
 def resolve(layers: Sequence[Layer]) -> ResolvedConfig:
     """Merge `layers`, the strongest first, and validate the result.
 
-    Entries of `engine_args` are merged one by one; every other value replaces the weaker one.
+    Entries of `engine_args` and of `phase_timeouts` are merged one by one; every other value
+    replaces the weaker one.
 
     Raises:
         UsageError: with one problem per wrong value: the field, what was given and where,
@@ -200,15 +279,16 @@ def resolve(layers: Sequence[Layer]) -> ResolvedConfig:
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(ServeConfig.model_fields, "default")
-    args: dict[str, Any] = {}
+    merged: dict[str, dict[str, Any]] = {name: {} for name in _MERGED}
     for layer in reversed(layers):
         for name, value in layer.values.items():
             sources[name] = layer.origin(name)
-            if name == "engine_args" and isinstance(value, Mapping):
-                named = {arg_name(str(k)): item for k, item in value.items() if item is not None}
-                args.update(named)
-                sources.update({f"engine_args.{key}": layer.origin(name) for key in named})
-                value = dict(args)
+            if name in _MERGED and isinstance(value, Mapping):
+                spell = _MERGED[name]
+                named = {spell(str(k)): item for k, item in value.items() if item is not None}
+                merged[name].update(named)
+                sources.update({f"{name}.{key}": layer.origin(name) for key in named})
+                value = dict(merged[name])
             values[name] = value
     try:
         return ResolvedConfig(ServeConfig.model_validate(values), sources)
@@ -235,14 +315,29 @@ def _problem(details: ErrorDetails, sources: Mapping[str, str]) -> Problem:
             f"did you mean `{near}`?" if near else "run `gemma-serve plan --help` for the list",
         )
     reason = details["msg"].replace("Value error, ", "").replace("Input should", "it should")
-    reason = reason.replace("dictionary", "mapping of flags to values")
-    # What engine_args holds may be a secret in the wrong place: it is not shown.
+    reason = reason.replace("dictionary", f"mapping of {_ENTRIES.get(name, 'names to values')}")
+    if name == "phase_timeouts" and len(details["loc"]) > 1:
+        name = f"{name}.{details['loc'][1]}"
+        where = sources.get(name, where)
+    # What engine_args holds may be a secret in the wrong place: it is not shown. The reason
+    # names an unknown phase itself.
+    unknown = name == "phase_timeouts" and isinstance(details["input"], dict)
+    whole = name == "engine_args" or unknown
     given = f"`{name}` is {details['input']!r} ({where}), but "
     return Problem(
         "config.invalid_value",
-        f"`{name}` ({where}): {reason}" if name == "engine_args" else given + reason,
-        f"{setting.flag} {setting.metavar}: {setting.help}".replace("  ", " "),
+        f"`{name}` ({where}): {reason}" if whole else given + reason,
+        _value_hint(setting, details["input"]),
     )
+
+
+_ENTRIES = {"engine_args": "flags to values", "phase_timeouts": "phases to seconds"}
+
+
+def _value_hint(setting: Setting, given: object) -> str:
+    if setting.name == "name" and isinstance(given, str) and "/" in given:
+        return f"a model is named with --model: `--model {given}`"
+    return f"{setting.flag} {setting.metavar}: {setting.help}".replace("  ", " ")
 
 
 def is_loopback(host: str) -> bool:

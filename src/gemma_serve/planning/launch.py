@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gemma_serve.planning.config import EngineArg, ServeConfig
+from gemma_serve.planning.config import EngineArg, ServeConfig, phase_limits_s
+from gemma_serve.planning.engine_caches import cache_environment
 from gemma_serve.planning.hardware.gpus import Gpu, cuda_environment
 
 # `vllm serve` looks up a distribution called "vllm", which CPU builds are not; this module is
@@ -23,12 +25,13 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Engine:
-    """A vLLM that is installed somewhere. `version` is None where it can't be told."""
+    """A vLLM that is installed somewhere. A version is None where it can't be told."""
 
     python: Path
     device: Device
     version: str | None
     distribution: str | None
+    torch_version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def render_launch(
     cores: tuple[int, ...] = (),
     inherited: Mapping[str, str] | None = None,
     key_source: str | None = None,
+    caches: Path | None = None,
 ) -> Launch:
     """The command that serves `model` with `engine`.
 
@@ -77,10 +81,13 @@ def render_launch(
         cores: the CPU cores that we may run on, shared out among the ranks of a CPU engine.
         inherited: the caller's environment; what it already sets is left as it is.
         key_source: where the API key is read from, if clients must send one.
+        caches: the folder for what the engine compiles; None leaves it where vLLM wants it.
     """
     argv = (str(engine.python), "-m", SERVER_MODULE, *_arguments(config, engine.device, model))
     secrets = {} if key_source is None else {"VLLM_API_KEY": key_source}
-    environment = _environment(engine, model, cores, config.tensor_parallel_size or 1)
+    environment = _environment(config, engine, model, cores)
+    if caches is not None:
+        environment |= cache_environment(caches)
     # A variable that is set to nothing is as good as unset.
     missing = {k: v for k, v in environment.items() if not (inherited or {}).get(k)}
     # Ours wins over an inherited CUDA_VISIBLE_DEVICES: the choice was made among what it shows.
@@ -119,7 +126,8 @@ def _flags(config: ServeConfig, device: Device, model: ModelSource) -> dict[str,
         "download-dir": None
         if model.is_local or config.download_dir is None
         else str(config.download_dir),
-        "shutdown-timeout": config.drain_timeout or None,
+        # The most that any stop may drain: vLLM drains no longer than it was started with.
+        "shutdown-timeout": max(config.shutdown_timeout, config.drain_timeout) or None,
     }
     if model.chat_template is not None and "chat-template" not in config.engine_args:
         flags["chat-template"] = str(model.chat_template)
@@ -142,9 +150,12 @@ def _flag(name: str, value: EngineArg) -> list[str]:
 
 
 def _environment(
-    engine: Engine, model: ModelSource, cores: tuple[int, ...], ranks: int
+    config: ServeConfig, engine: Engine, model: ModelSource, cores: tuple[int, ...]
 ) -> dict[str, str]:
-    wanted = {"VLLM_NO_USAGE_STATS": "1"}
+    # vLLM's own clock, 600 s for the whole start, would cut a slow load of weights short.
+    start_s = math.ceil(sum(phase_limits_s(config).values()))
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENGINE_READY_TIMEOUT_S": str(start_s)}
+    ranks = config.tensor_parallel_size or 1
     if model.is_local:
         wanted["HF_HUB_OFFLINE"] = "1"
     if engine.device == "cpu" and len(cores) >= ranks:

@@ -25,8 +25,9 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The long option: `max_model_len` is `--max-model-len`."""
-        return "--engine-arg" if self.name == "engine_args" else "--" + self.name.replace("_", "-")
+        """The long option: `max_model_len` is `--max-model-len`, `engine_args` `--engine-arg`."""
+        name = self.name.removesuffix("s") if self.kind == "repeated" else self.name
+        return "--" + name.replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -44,6 +45,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("revision", "REV", "Branch, tag or commit of the model on the Hub."),
     Setting("served_model_name", "NAME", "The name that clients ask for; by default the model's."),
+    Setting(
+        "name",
+        "NAME",
+        "What `status`, `logs` and `stop` call this deployment; by default made from the model.",
+    ),
     Setting("host", "ADDRESS", "Address to listen on. Default: 127.0.0.1."),
     Setting("port", "PORT", "Port to listen on; 0 takes a free one. Default: 8000."),
     Setting(
@@ -94,6 +100,11 @@ SETTINGS: tuple[Setting, ...] = (
         "Another folder for the local cache of models; by default that of HF_HOME.",
     ),
     Setting(
+        "cache_dir",
+        "DIR",
+        "Folder for what the engine compiles; by default in the platform's cache folder.",
+    ),
+    Setting(
         "api_key_file",
         "FILE",
         "File with the key that clients must send (or set GEMMA_SERVE_API_KEY).",
@@ -108,6 +119,35 @@ SETTINGS: tuple[Setting, ...] = (
         "drain_timeout",
         "SECONDS",
         "How long requests in flight may go on when asked to stop. Default: 0.",
+    ),
+    Setting(
+        "shutdown_timeout",
+        "SECONDS",
+        "The most that any stop may let requests in flight go on: vLLM must know it from the "
+        "start. Default: 60.",
+    ),
+    Setting(
+        "restart",
+        "no|on-failure",
+        "Whether an engine that dies after it was ready is started again; by default no in the "
+        "foreground, on-failure with --detach.",
+    ),
+    Setting(
+        "probe_interval",
+        "SECONDS",
+        "How often a ready engine is asked whether it still generates. Default: 5.",
+    ),
+    Setting(
+        "probe_deadline",
+        "SECONDS",
+        "How long a ready engine may take for that one token. Default: 20.",
+    ),
+    Setting(
+        "phase_timeouts",
+        "PHASE=SECONDS",
+        "The longest that a phase of the start may go on without progress, repeatable: "
+        "--phase-timeout weights=7200.",
+        kind="repeated",
     ),
     Setting(
         "engine_args",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from gemma_serve.engine.ladder import StopStep
 from gemma_serve.errors import Problem
 from gemma_serve.planning.smoke import CheckResult, SmokeReport
 
@@ -106,8 +108,39 @@ class Noticed:
 
 
 @dataclass(frozen=True)
+class Silent:
+    """The engine has printed nothing for `silent_s` seconds; `phase` was its last phase."""
+
+    phase: str
+    silent_s: float
+
+
+@dataclass(frozen=True)
+class HealthChanged:
+    """A ready engine stopped generating, and `reason` says how that showed; or it does again."""
+
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class EngineDied:
+    """The engine ended by itself, or was ended because it generated nothing any more."""
+
+    cause: str
+
+
+@dataclass(frozen=True)
+class Restarting:
+    """It is started again after `pause_s` seconds, for the `attempt`th time in a row."""
+
+    pause_s: float
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Stopping:
-    """The engine is being stopped, and why."""
+    """The engine is being stopped, why, and after how long at most it is killed."""
 
     reason: str
     grace_s: float
@@ -115,11 +148,25 @@ class Stopping:
 
 @dataclass(frozen=True)
 class EngineStopped:
-    """Nothing of the engine is left, or `left` are the pids that would not go."""
+    """The engine was ended, rung by rung, and what was found then.
+
+    `left` are the pids that would not go. `port_is_free` says whether another server could listen
+    there now. `gpu_bytes_held` is the memory that its GPUs did not get back, None without a GPU.
+    """
 
     duration_s: float
     killed: bool
     left: tuple[int, ...]
+    steps: tuple[StopStep, ...] = ()
+    port_is_free: bool = True
+    gpu_bytes_held: int | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The run is over, and not because somebody asked for it."""
+
+    problem: Problem
 
 
 Event = (
@@ -131,11 +178,71 @@ Event = (
     | EngineStarted
     | PhaseBegan
     | PhaseProgress
+    | Silent
     | EngineReady
+    | HealthChanged
+    | EngineDied
+    | Restarting
     | Stopping
     | EngineStopped
+    | Failed
     | Noticed
     | CheckResult
     | SmokeReport
 )
 OnEvent = Callable[[Event], None]
+
+# The names in `events.jsonl` and in `up --json`.
+EVENT_NAMES: dict[type, str] = {
+    CheckingFiles: "checking_files",
+    FileDamaged: "file_damaged",
+    DownloadBegan: "download_began",
+    DownloadProgress: "download_progress",
+    DownloadEnded: "download_ended",
+    EngineStarted: "engine_started",
+    PhaseBegan: "phase_began",
+    PhaseProgress: "phase_progress",
+    Silent: "silent",
+    EngineReady: "ready",
+    HealthChanged: "health_changed",
+    EngineDied: "engine_died",
+    Restarting: "restarting",
+    CheckResult: "smoke_check",
+    SmokeReport: "smoke_test",
+    Noticed: "noticed",
+    Stopping: "stopping",
+    EngineStopped: "engine_stopped",
+    Failed: "failed",
+}
+
+
+def event_line(event: Event, *, time: float) -> dict[str, Any]:
+    """An event as one JSON object: its name, when (seconds since 1970), and its own fields."""
+    return {"event": EVENT_NAMES[type(event)], "time": round(time, 3), **asdict(event)}
+
+
+def read_event(line: Mapping[str, Any]) -> Event | None:
+    """What `event_line` wrote of a supervisor's events; None for anything else."""
+    fields = {name: value for name, value in line.items() if name not in ("event", "time")}
+    kind = _READ_BACK.get(str(line.get("event")))
+    if kind is None:
+        return None
+    for name, read in _READERS.items():
+        if name in fields:
+            fields[name] = read(fields[name])
+    try:
+        event: Event = kind(**fields)
+    except TypeError:
+        return None  # another version's
+    return event
+
+
+_READ_BACK: dict[str, Callable[..., Event]] = {
+    name: kind for kind, name in EVENT_NAMES.items() if kind not in (CheckResult, SmokeReport)
+}
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "problem": lambda value: Problem(**value),
+    "log": Path,
+    "left": tuple,
+    "steps": lambda value: tuple(StopStep(**step) for step in value),
+}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_serve.adapters import host, settings
+from gemma_serve.adapters.engine_caches import engine_caches, engine_caches_dir
 from gemma_serve.adapters.package_data import data_path
 from gemma_serve.errors import Problem, UsageError
 from gemma_serve.planning.config import Layer, ResolvedConfig, ServeConfig, is_loopback, resolve
@@ -170,10 +171,24 @@ def _decide(
         cores=host.usable_cores(),
         inherited=environ,
         key_source=None if key is None else key.source,
+        caches=_find_caches(config, engine, report.chosen.gpus, environ, wanted),
     )
     problems = (*settings.key_file_warnings(config.api_key_file), *report.problems)
     notes = _notes(planned, report)
     return ServePlan(config, planned.sources, engine, model, report, launch, notes, problems)
+
+
+def _find_caches(
+    config: ServeConfig,
+    engine: Engine,
+    gpus: tuple[Gpu, ...],
+    environ: Mapping[str, str],
+    wanted: PlanFor,
+) -> Path | None:
+    """Where the engine that is here keeps what it compiles; None for one that isn't."""
+    if wanted.is_elsewhere or wanted.engine_version is not None:
+        return None
+    return engine_caches(engine_caches_dir(config.cache_dir, environ), engine, gpus)
 
 
 def _judge(

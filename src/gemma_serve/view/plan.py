@@ -27,6 +27,7 @@ def plan_data(plan: ServePlan) -> dict[str, Any]:
             "device": plan.engine.device,
             "distribution": plan.engine.distribution,
             "version": plan.engine.version,
+            "torch_version": plan.engine.torch_version,
         },
         "gpus": [{"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name} for gpu in plan.gpus],
         **fit_data(plan.report.fit, plan.launch.argv),

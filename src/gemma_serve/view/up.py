@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,21 +14,22 @@ from gemma_serve.errors import Problem
 from gemma_serve.planning.smoke import CheckResult, SmokeReport
 from gemma_serve.usecases.check import CheckReport
 from gemma_serve.usecases.events import (
-    CheckingFiles,
-    DownloadBegan,
-    DownloadEnded,
-    DownloadProgress,
+    EVENT_NAMES,
+    EngineDied,
     EngineReady,
     EngineStarted,
     EngineStopped,
     Event,
-    FileDamaged,
+    HealthChanged,
     Noticed,
     PhaseBegan,
     PhaseProgress,
+    Restarting,
+    Silent,
     Stopping,
 )
 from gemma_serve.usecases.plan import ServePlan
+from gemma_serve.usecases.stop import stop_problems
 from gemma_serve.usecases.up import UpResult
 from gemma_serve.view.download import DownloadView
 from gemma_serve.view.output import Output, err_console
@@ -36,28 +38,12 @@ from gemma_serve.view.smoke import check_data, check_view, smoke_data, smoke_pro
 if TYPE_CHECKING:
     from rich.status import Status
 
-_EVENT_NAMES: dict[type, str] = {
-    CheckingFiles: "checking_files",
-    FileDamaged: "file_damaged",
-    DownloadBegan: "download_began",
-    DownloadProgress: "download_progress",
-    DownloadEnded: "download_ended",
-    EngineStarted: "engine_started",
-    PhaseBegan: "phase_began",
-    PhaseProgress: "phase_progress",
-    EngineReady: "ready",
-    CheckResult: "smoke_check",
-    SmokeReport: "smoke_test",
-    Noticed: "noticed",
-    Stopping: "stopping",
-    EngineStopped: "engine_stopped",
-}
-
 
 class UpView:
     """Shows one run of `up`. A context manager, so that a spinner never outlives it."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, command: str = "up") -> None:
+        self._command = command
         self._output = Output(as_json=as_json)
         self._download = DownloadView(self._output)
         self._problems: tuple[Problem, ...] = ()
@@ -134,20 +120,46 @@ class UpView:
             self._output.data(verdict_line(event))
         elif isinstance(event, Noticed):
             self._output.problems([event.problem])
+        elif isinstance(event, Silent):
+            self._output.note(silence_text(event.silent_s, event.phase))
+        elif isinstance(event, HealthChanged):
+            self._output.note("healthy again" if event.ok else f"unhealthy: {event.reason}")
+        elif isinstance(event, EngineDied):
+            self._output.note(event.cause)
+        elif isinstance(event, Restarting):
+            self._output.note(f"starting it again in {event.pause_s:g} s (restart {event.attempt})")
         elif isinstance(event, Stopping):
             self._end_status()
             self._output.note(
                 f"stopping the engine (up to {event.grace_s:.0f} s; Ctrl-C again to hurry)"
             )
         elif isinstance(event, EngineStopped):
-            self._output.note(_stopped_text(event))
+            self._output.note(stopped_text(event))
+            self._output.problems([p for p in stop_problems(event) if not p.blocking])
 
     def result(self, result: UpResult) -> None:
         """The last line for a program; a person has seen it all."""
         if self._output.as_json:
             broken = () if result.smoke is None else smoke_problems(result.smoke)
             problems = (*self._problems, *broken)
-            self._output.result("up", ok=result.ok, data=result_data(result), problems=problems)
+            self._output.result(
+                self._command, ok=result.ok, data=result_data(result), problems=problems
+            )
+
+    def detached(self, result: UpResult) -> None:
+        """The last line where it runs on in the background, and how to get at it."""
+        if self._output.as_json:
+            self.result(result)
+            return
+        name = result.name
+        self._output.note(
+            f"{name} runs in the background: gemma-serve status {name}, logs -f {name}, stop {name}"
+        )
+
+    def ended_leftovers(self, name: str, pids: Sequence[int]) -> None:
+        """Processes that a killed supervisor had left, and that were ended for this start."""
+        listed = ", ".join(map(str, pids))
+        self._output.note(f"ended what a killed supervisor of {name} had left: pid {listed}")
 
 
 def event_data(event: Event) -> dict[str, Any]:
@@ -158,12 +170,13 @@ def event_data(event: Event) -> dict[str, Any]:
         fields = {"url": event.url, "model": event.model, "ok": event.ok}
     else:
         fields = json.loads(json.dumps(asdict(event), default=str))
-    return {"event": _EVENT_NAMES[type(event)], "time": round(time.time(), 3), **fields}
+    return {"event": EVENT_NAMES[type(event)], "time": round(time.time(), 3), **fields}
 
 
 def result_data(result: UpResult) -> dict[str, Any]:
     """The `data` of the last line of `up --json`."""
     return {
+        "name": result.name,
         "url": result.url,
         "served_model_name": result.served_model_name,
         "ready_s": round(result.ready_s, 3),
@@ -200,9 +213,28 @@ def curl_line(event: EngineReady, *, key_source: str | None) -> str:
     return " ".join([*parts, "-d", shlex.quote(json.dumps(body))])
 
 
-def _stopped_text(event: EngineStopped) -> str:
+def silence_text(silent_s: float, phase: str) -> str:
+    """That an engine says nothing, for a person who wonders whether it still works."""
+    return f"nothing from the engine for {silent_s:.0f} s; the last phase was {phase}"
+
+
+_STEPS = {
+    "drain": "SIGTERM and drain",
+    "terminate": "SIGTERM",
+    "kill": "SIGKILL",
+    "clean": "clean up",
+}
+
+
+def stopped_text(event: EngineStopped) -> str:
+    """How a stop went, and how long each rung of it took."""
     if event.left:
         pids = ", ".join(map(str, event.left))
         return f"these processes of the engine would not end: {pids}"
+    steps = ", ".join(f"{_STEPS[step.step]} {step.duration_s:.1f} s" for step in event.steps)
     how = ", SIGKILL for what did not go by itself" if event.killed else ""
-    return f"stopped after {event.duration_s:.1f} s{how}; nothing of the engine is left"
+    port = "" if event.port_is_free else "; its port is taken by somebody else"
+    rungs = f" ({steps})" if steps else ""
+    return (
+        f"stopped after {event.duration_s:.1f} s{how}{rungs}; nothing of the engine is left{port}"
+    )

@@ -1,4 +1,4 @@
-"""The last error in an engine's log that is one, and not the wrapper around it."""
+"""Why an engine ended: what killed it, or the last error in its log that is no wrapper."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from gemma_serve.engine.log import bare_message
+from gemma_serve.engine.reports import Exit
 
 # Said of every failed start; the cause stands above them.
 _WRAPPERS = (
@@ -44,3 +45,14 @@ def last_error(lines: Iterable[str]) -> str | None:
 
 def _says_something(text: str | None) -> bool:
     return bool(text) and not any(wrapper in str(text) for wrapper in _WRAPPERS)
+
+
+def explain_end(how: Exit | None, lost: str | None, error: str | None) -> str:
+    """Why the engine ended: what killed its leader, else its last `error`, else what is known."""
+    if how is not None and how.signum is not None:
+        return f"it was killed by {how}" + ("" if error is None else f"; last error: {error}")
+    if error is not None:
+        return error
+    if lost is not None:
+        return f"its process {lost} is gone, and no error is in its log"
+    return f"it ended with {how} and no error in its log"

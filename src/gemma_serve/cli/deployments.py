@@ -1,0 +1,166 @@
+"""`gemma-serve status`, `list`, `logs`, `stop`, `restart`, and the hidden `supervise`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from gemma_serve.cli.options import AsJson, DeploymentName, NameOption
+from gemma_serve.errors import EXIT_NO, EXIT_OK, UsageError
+
+
+def one_name(argument: str | None, option: str | None) -> str | None:
+    """The name, however it was given. Raises UsageError for two that differ."""
+    if argument is not None and option is not None and argument != option:
+        raise UsageError(
+            f"two names were given, {argument} and {option}",
+            code="usage",
+            hint="give one of them",
+        )
+    return argument or option
+
+
+def status(name: DeploymentName = None, named: NameOption = None, as_json: AsJson = False) -> int:
+    """Show how a deployment is. Exits 0 if it is ready, else 1."""
+    from gemma_serve.usecases.status import read_status
+    from gemma_serve.view.deployments import status_data, status_problems, status_text
+    from gemma_serve.view.output import Output
+
+    found = read_status(one_name(name, named), os.environ)
+    Output(as_json=as_json).result(
+        "status",
+        ok=found.ok,
+        data=status_data(found),
+        problems=status_problems(found),
+        text=status_text(found),
+    )
+    return EXIT_OK if found.ok else EXIT_NO
+
+
+def list_(as_json: AsJson = False) -> int:
+    """List every deployment, running or not."""
+    from gemma_serve.usecases.status import list_deployments
+    from gemma_serve.view.deployments import deployment_data, deployments_table
+    from gemma_serve.view.output import Output
+
+    found = list_deployments(os.environ)
+    data = [{**deployment_data(one.deployment), "running": one.running} for one in found]
+    text = deployments_table(found)
+    Output(as_json=as_json).result("list", ok=True, data={"deployments": data}, text=text)
+    return EXIT_OK
+
+
+def logs(
+    name: DeploymentName = None,
+    named: NameOption = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the deployment ends.")
+    ] = False,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=0, metavar="N", help="How many of the last lines.")
+    ] = 100,
+    as_json: AsJson = False,
+) -> int:
+    """Show what a deployment's engine prints."""
+    from gemma_serve.usecases.logs import show_logs
+    from gemma_serve.view.output import Output
+
+    output = Output(as_json=as_json)
+
+    def show(line: str) -> None:
+        if as_json:
+            output.json_line({"line": line})
+        else:
+            typer.echo(line)
+
+    found = show_logs(
+        one_name(name, named), lines=lines, follow=follow, environ=os.environ, on_line=show
+    )
+    if as_json:
+        output.result("logs", ok=True, data={"name": found})
+    return EXIT_OK
+
+
+def stop(
+    name: DeploymentName = None,
+    named: NameOption = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--drain-timeout",
+            min=0,
+            metavar="SECONDS",
+            help="How long requests in flight may go on; by default what `up` was told.",
+        ),
+    ] = None,
+    orphans: Annotated[
+        bool,
+        typer.Option("--orphans", help="End engines of ours that nobody looks after any more."),
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Stop a deployment, and show that nothing of it is left."""
+    from gemma_serve.usecases.stop import stop as run
+    from gemma_serve.usecases.stop import stop_orphans
+    from gemma_serve.view.stop import StopView
+
+    view = StopView(as_json=as_json)
+    if orphans:
+        view.orphans(stop_orphans(os.environ))
+        return EXIT_OK
+    result = run(
+        one_name(name, named),
+        drain_timeout=drain_timeout,
+        environ=os.environ,
+        on_event=view.on_event,
+    )
+    view.result(result)
+    return EXIT_NO if any(problem.blocking for problem in result.problems) else EXIT_OK
+
+
+def restart(name: DeploymentName = None, named: NameOption = None, as_json: AsJson = False) -> int:
+    """Stop a deployment if it runs, and start it in the background with the same settings."""
+    from gemma_serve.cli.up import start_detached
+    from gemma_serve.usecases.restart import (
+        environment_without_settings,
+        read_last_run,
+        settings_as_flags,
+    )
+    from gemma_serve.usecases.stop import stop as end
+    from gemma_serve.view.stop import StopView
+    from gemma_serve.view.up import UpView
+
+    run, running = read_last_run(one_name(name, named), os.environ)
+    if running:
+        end(
+            run.name,
+            drain_timeout=None,
+            environ=os.environ,
+            on_event=StopView(as_json=as_json).on_event,
+        )
+    return start_detached(
+        settings_as_flags(run),
+        environ=environment_without_settings(os.environ),
+        view=UpView(as_json=as_json, command="restart"),
+    )
+
+
+def supervise(name: str, locks: Annotated[str, typer.Option("--locks")] = "") -> int:
+    """Look after a deployment in the background; `up --detach` starts it."""
+    from gemma_serve.adapters.settings import read_api_key
+    from gemma_serve.adapters.state import deployment_folder
+    from gemma_serve.usecases.run import read_run
+    from gemma_serve.usecases.up import supervise as look_after
+
+    folder = deployment_folder(name, os.environ)
+    run = read_run(folder.read_json(folder.run) or {})
+    look_after(
+        run,
+        environ=os.environ,
+        api_key=read_api_key(os.environ, run.api_key_file),
+        keep_open=tuple(int(fd) for fd in locks.split(",") if fd),
+        on_event=lambda event: None,
+    )
+    return EXIT_OK

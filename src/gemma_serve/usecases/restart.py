@@ -1,0 +1,53 @@
+"""Start a deployment anew, with the settings that it was started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_serve.adapters.settings import API_KEY_VARIABLE
+from gemma_serve.adapters.state import DeploymentFolder
+from gemma_serve.errors import GemmaServeError
+from gemma_serve.planning.settings import SETTINGS
+from gemma_serve.usecases.deployments import find_deployment
+from gemma_serve.usecases.run import Run, read_run
+
+
+def read_last_run(name: str | None, environ: Mapping[str, str]) -> tuple[Run, bool]:
+    """How the deployment that is meant was last run, and whether it runs now.
+
+    Raises:
+        GemmaServeError: there is none, or its settings can't be read.
+    """
+    found = find_deployment(name, environ)
+    folder = DeploymentFolder(found.deployment.folder)
+    try:
+        run = read_run(folder.read_json(folder.run) or {})
+    except (TypeError, KeyError):
+        raise GemmaServeError(
+            f"the settings of {found.deployment.name} in {folder.run} can't be read",
+            code="state.unreadable",
+            hint=f"start it with its settings: gemma-serve up --name {found.deployment.name} ...",
+        ) from None
+    if run.key_source is not None and run.api_key_file is None and not _has_key(environ):
+        raise GemmaServeError(
+            f"{run.name} was started with an API key from {run.key_source}, which is not set here",
+            code="config.no_key",
+            hint=f"set {API_KEY_VARIABLE}, the key is kept nowhere",
+        )
+    return run, found.running
+
+
+def _has_key(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get(API_KEY_VARIABLE) or environ.get("VLLM_API_KEY"))
+
+
+def settings_as_flags(run: Run) -> dict[str, Any]:
+    """What was given then, to be given again."""
+    return dict(run.settings)
+
+
+def environment_without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment without settings, since those of the last run are meant."""
+    settings = {setting.variable for setting in SETTINGS}
+    return {name: value for name, value in environ.items() if name not in settings}
