@@ -9,10 +9,22 @@ does, and then answers deterministically: the same question gets the same words.
 What it should do wrong comes as a JSON object in FAKE_ENGINE:
 
     start:    start_delay_s (spread over the phases), log_file_lines [..] (printed in the last
-              phase), die_in_phase "config|engine|weights|kv cache|server", exit_code,
-              die_signal, die_after_requests, probe (what `-c CODE` prints)
-    stopping: ignore_sigterm, grandchild "same-session|new-session" (ignores SIGTERM)
+              phase), die_in_phase "config|engine|weights|compile|kv cache|server", exit_code,
+              die_signal, die_after_requests, probe (what `-c CODE` prints),
+              hold_in_phase PHASE (one of those, or "imports": before the port is bound) with
+              hold_file PATH (until that is gone; without it: for ever),
+              compile (torch.compile's lines), print_bytes N (lines of so many bytes in all),
+              print_nothing
+    stopping: ignore_sigterm, grandchild "same-session|new-session" (ignores SIGTERM);
+              with `--shutdown-timeout S` it ends at SIGTERM only when the requests in flight
+              have their answers, or after S seconds, and takes no new ones, as vLLM does
+    helpers:  core (a child titled VLLM::EngineCore with a worker below it; the leader doesn't
+              notice its death, outlives it and is outlived by it, and hangs while it is halted),
+              leave_segment PREFIX (shared memory of that name, and a socket in TMPDIR, that
+              nobody removes)
     serving:  status (every /v1 answer is this error), health_only (true: 500, "hang": silence),
+              hang_after N requests or hang_file PATH (while it is there): generation stands
+              still, /health and /metrics answer,
               hang "models|completion|completion-stream|chat|chat-stream", wrong_model NAME,
               max_model_len, token_delay_s, slow_first_token_s, serial, answers FILE
     answers:  answer TEXT, ignore_stop, echo_stop, no_usage, wrong_usage, crossed, drop_history,
@@ -30,13 +42,17 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
 FAULTS = json.loads(os.environ.get("FAKE_ENGINE") or "{}")
@@ -69,10 +85,42 @@ class Engine:
         self.max_model_len = FAULTS.get("max_model_len", options.max_model_len or 1024)
         self.key = options.api_key or os.environ.get("VLLM_API_KEY")
         self.stop = threading.Event()
+        self.draining = False
         self.lock = threading.Lock()  # around a whole answer, where `serial`
         self.known = _known_answers() if "demo" in served or "answers" in FAULTS else {}
         self.requests = 0
         self.running: list[str] = []
+        self.prompt_tokens = self.generation_tokens = 0
+        self.core: subprocess.Popen[bytes] | None = None
+
+    def wait_while_hung(self) -> None:
+        """Return when generation goes on; in a process that is being ended, that may be never."""
+        until = time.monotonic() + LIFETIME_S
+        while self._hangs() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def _hangs(self) -> bool:
+        if "hang_file" in FAULTS and Path(FAULTS["hang_file"]).exists():
+            return True
+        if self.core is not None and _is_halted(self.core.pid):
+            return True
+        return self.requests > FAULTS.get("hang_after", 10**9)
+
+    def metrics(self) -> str:
+        """What vLLM tells of its load."""
+        values = {
+            ("gauge", "num_requests_running"): len(self.running),
+            ("gauge", "num_requests_waiting"): 0,
+            ("gauge", "kv_cache_usage_perc"): 0.01 * len(self.running),
+            ("counter", "prompt_tokens_total"): self.prompt_tokens,
+            ("counter", "generation_tokens_total"): self.generation_tokens,
+        }
+        labels = f'engine="0",model_name="{self.name}"'
+        return "".join(
+            f"# TYPE vllm:{name.removesuffix('_total')} {kind}\n"
+            f"vllm:{name}{{{labels}}} {float(value)}\n"
+            for (kind, name), value in values.items()
+        )
 
     def answer(self, key: str) -> tuple[list[str], list[str]]:
         """The tokens of the answer, and those that follow when its end is ignored."""
@@ -130,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/version":
             self._send_json(200, {"version": "0.32.0"})
         elif self.path == "/metrics":
-            self._send(200, f"vllm:num_requests_running {len(engine.running)}.0\n")
+            self._send(200, engine.metrics())
         elif self.path == "/v1/models":
             self._guarded("models", self._models)
         else:
@@ -157,6 +205,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check(self, what: str) -> None:
         engine = self.engine
+        if engine.draining:
+            raise RequestError(503, "The server is shutting down.", "ServiceUnavailableError")
         engine.requests += 1
         if engine.requests > FAULTS.get("die_after_requests", 10**9):
             _die()
@@ -213,7 +263,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             # Eight that are sent together are to be seen together, also by `crossed`.
             time.sleep(FAULTS.get("slow_first_token_s", 0.005))
+            engine.wait_while_hung()
             pieces, tokens, reason = engine.generate(key, body)
+            engine.prompt_tokens += prompt_tokens
             usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens,
                      "total_tokens": prompt_tokens + tokens}  # fmt: skip
             if body.get("stream"):
@@ -227,6 +279,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _whole(self, pieces: list[str], usage: dict, reason: str, *, chat: bool) -> None:
         time.sleep(len(pieces) * FAULTS.get("token_delay_s", 0.002))
+        self.engine.generation_tokens += len(pieces)
         text = "".join(pieces)
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         value = {"id": "cmpl-1", "object": "chat.completion" if chat else "text_completion",
@@ -251,6 +304,8 @@ class Handler(BaseHTTPRequestHandler):
             self._event(self._chunk({"role": "assistant", "content": ""}, None, chat=chat))
         for index, piece in enumerate(pieces):
             time.sleep(FAULTS.get("token_delay_s", 0.002))
+            self.engine.wait_while_hung()
+            self.engine.generation_tokens += 1
             last = index == len(pieces) - 1
             delta = {"content": piece} if chat else piece
             self._piece(index, self._chunk(delta, reason if last else None, chat=chat))
@@ -345,7 +400,12 @@ def _log(line: str, process: str = "EngineCore") -> None:
 
 def _phases(model: str, port: int) -> dict[str, list[tuple[str, str]]]:
     """The log lines of each phase, with the process that writes them."""
+    compiling = [
+        ("Worker", "[backends.py:972] Using cache directory: /nowhere for vLLM's torch.compile"),
+        ("Worker", "[backends.py:1004] Dynamo bytecode transform time: 3.20 s"),
+    ]
     return {
+        "imports": [],
         "config": [
             ("APIServer", f"[api_utils.py:286] non-default args: {{'model': '{model}'}}"),
             ("APIServer", "[model.py:733] Resolved architecture: GemmaForCausalLM"),
@@ -356,6 +416,7 @@ def _phases(model: str, port: int) -> dict[str, list[tuple[str, str]]]:
             ("Worker", f"[cpu_model_runner.py:68] Starting to load model {model}..."),
             ("Worker", "[default_loader.py:501] Loading weights took 0.00 seconds"),
         ],
+        "compile": compiling if FAULTS.get("compile") else [],
         "kv cache": [
             ("EngineCore", "[kv_cache_utils.py:2327] CPU KV cache size: 4,194,304 tokens, "
              "Maximum concurrency for 1,024 tokens per request: 4096.00x"),
@@ -384,15 +445,60 @@ def _start_grandchild() -> None:
     )
 
 
+def _start_core() -> subprocess.Popen[bytes]:
+    """A process with vLLM's title and nothing else on its command line, and a child of its own."""
+    read, write = os.pipe()
+    os.write(write, f"sleep {LIFETIME_S}\nexit\n".encode())
+    os.close(write)
+    core = subprocess.Popen(["VLLM::EngineCore"], executable="/bin/sh", stdin=read)
+    os.close(read)
+    return core
+
+
+def _is_halted(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def _leave_files() -> tuple[object, ...]:
+    """Shared memory and a socket, of which nobody will remember that they are there."""
+    name = f"{FAULTS['leave_segment']}{os.getpid()}"
+    segment = shared_memory.SharedMemory(name, create=True, size=4096)
+    resource_tracker.unregister(f"/{name}", "shared_memory")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{tempfile.gettempdir()}/{uuid.uuid4()}")
+    return segment, listener
+
+
+def _print_bytes(count: int) -> None:
+    line = "INFO 11-20 00:00:00 [fake.py:1] " + "x" * 67 + "\n"
+    for _ in range(count // (1000 * len(line))):
+        sys.stdout.write(line * 1000)
+    sys.stdout.flush()
+
+
+def _hold(engine: Engine) -> None:
+    path = FAULTS.get("hold_file")
+    while (path is None or Path(path).exists()) and not engine.stop.wait(0.02):
+        continue
+
+
 def _start(engine: Engine, port: int) -> None:
     """Log the phases of a start, and die in one if told to."""
     phases = _phases(engine.model, port)
     last = FAULTS.get("die_in_phase", "server")
+    _print_bytes(FAULTS.get("print_bytes", 0))
     for phase, lines in phases.items():
         for process, line in lines:
             _log(line, process)
         if phase == "engine" and "grandchild" in FAULTS:
             _start_grandchild()
+        if phase == "engine" and FAULTS.get("core"):
+            engine.core = _start_core()
+        if phase == FAULTS.get("hold_in_phase") and phase != "imports":
+            _hold(engine)
         if engine.stop.wait(FAULTS.get("start_delay_s", 0.0) / len(phases)):
             return
         if phase == last:
@@ -404,9 +510,16 @@ def _start(engine: Engine, port: int) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     engine = Engine(options)
+    if FAULTS.get("print_nothing"):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+    left = _leave_files() if "leave_segment" in FAULTS else ()
     ignored = signal.SIG_IGN if FAULTS.get("ignore_sigterm") else None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ignored or (lambda *_: engine.stop.set()))
+    if FAULTS.get("hold_in_phase") == "imports":
+        _hold(engine)
     server = Server((options.host, options.port), Handler, bind_and_activate=False)
     server.allow_reuse_address = True
     server.server_bind()  # a taken port is found out early, as vLLM does
@@ -418,10 +531,21 @@ def _serve(options: argparse.Namespace) -> int:
         print("INFO:     Application startup complete.", file=sys.stderr, flush=True)
         _log("[fake] ready", "APIServer")
         engine.stop.wait(LIFETIME_S)
+        engine.draining = True
+        _drain(engine, options.shutdown_timeout)
         server.shutdown()
     server.server_close()
+    if engine.core is not None:
+        engine.core.kill()
     _log("[launcher.py:254] [shutdown] API server: shutdown triggered", "APIServer")
+    del left
     return 0
+
+
+def _drain(engine: Engine, timeout_s: float) -> None:
+    until = time.monotonic() + timeout_s
+    while engine.running and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -432,6 +556,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key")
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--shutdown-timeout", type=float, default=0.0)
     return parser.parse_known_args(argv)[0]
 
 

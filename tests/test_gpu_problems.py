@@ -79,7 +79,8 @@ def test_an_orphan_engine_is_to_be_killed() -> None:
     orphan = GpuProcess(4242, "VLLM::EngineCore", 125 * GIB, orphan=True)
     [problem] = problems_of(make_gpu(0, used=125, processes=(orphan,)))
     assert problem.hint == (
-        "a vLLM engine outlived its server and will never let go: run `kill -9 4242`, "
+        "a vLLM engine outlived its server and will never let go: `gemma-serve stop --orphans` "
+        "ends it if it is ours, else `kill -9 4242` does, "
         "or run beside it with `--gpu-memory-utilization 0.1`"
     )
 

@@ -14,9 +14,9 @@ import pytest
 
 from demo_hub import ACCEPTED, GATED, NOT_ACCEPTED, gated_hub
 from gemma_serve.adapters.package_data import data_path
-from gemma_serve.adapters.state import running_deployments
+from gemma_serve.adapters.state import all_deployments
 from local_hub import environ, serving
-from running import Program
+from running import Program, end_deployments, eventually, session_of
 
 pytestmark = pytest.mark.engine
 
@@ -32,18 +32,17 @@ def state(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(state):
-    """One engine for all tests that only ask it something; stopped as a pipeline would."""
-    with Program("up", *SMALL, environ=state) as program:
-        program.wait_for("ready after", "out")
-        yield program
-        program.send(signal.SIGTERM)
-        assert program.exit_code() == 143
+    """One engine in the background for all tests that only ask it something; the last stops it."""
+    with Program("up", "--detach", *SMALL, environ=state) as program:
+        assert program.popen.wait(240) == 0, program.err
+        (deployment,) = all_deployments(state)
+        yield deployment
+        end_deployments(state)
 
 
 @pytest.fixture(scope="module")
-def url(server, state):
-    (deployment,) = running_deployments(state)
-    return deployment.url
+def url(server):
+    return server.url
 
 
 @pytest.fixture
@@ -128,9 +127,71 @@ def test_the_example_clients_get_the_right_answer(url, script, known):
 
 def test_what_a_second_up_on_its_port_is_told(server, url, state):
     port = url.rsplit(":", 1)[1]
-    with Program("up", "--model", "demo", "--port", port, environ=state) as second:
+    more = ("--name", "other", "--model", "demo", "--port", port)
+    with Program("up", *more, environ=state) as second:
         assert second.exit_code() == 1
         assert f"port {port} on 127.0.0.1 is taken by" in "".join(second.err)
+
+
+def test_status_knows_what_a_real_engine_is_doing(server, state):
+    with Program("status", "--json", environ=state) as status:
+        assert status.exit_code() == 0
+        (answer,) = status.json_lines
+    data = answer["data"]
+    assert (data["state"], data["running"], data["cause"]) == ("ready", True, None)
+    assert (data["load"]["requests_running"], data["load"]["requests_waiting"]) == (0, 0)
+    assert list(data["last_phases_s"]) == [
+        "imports", "configuration", "engine core", "weights", "KV cache", "API server",
+        "first token",
+    ]  # fmt: skip
+    assert {m.title for m in all_deployments(state)[0].members} >= {
+        "VLLM::EngineCore",
+        "VLLM::Worker",
+    }
+    assert all_deployments(state)[0].shared_files  # or nobody could remove them after a kill
+
+
+def test_a_client_that_streams_while_it_is_stopped_gets_its_whole_answer(server, url, state):
+    body = {"model": "demo", "prompt": "1, 2, 3, 4,", "max_tokens": 900, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps({**body, "stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    (before,) = all_deployments(state)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        lines = [next(answer) for _ in range(20)]
+        with Program("stop", "--drain-timeout", "30", "--json", environ=state) as stop:
+            lines += answer.readlines()
+            assert stop.exit_code() == 0
+            (said,) = stop.json_lines
+    events = [line.removeprefix(b"data: ").strip() for line in lines if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+    assert said["data"]["steps"][0]["step"] == "drain"
+    assert (said["data"]["left_pids"], said["data"]["port_is_free"]) == ([], True)
+    assert session_of(before.guard.pid) == []
+    assert not [file for file in before.shared_files if Path(file.path).exists()]
+    assert not before.temporary_folder.exists()
+
+
+def test_when_supervisor_and_guard_are_both_killed_the_next_command_ends_a_real_engine(tmp_path):
+    names = {"GEMMA_SERVE_STATE_DIR": str(tmp_path / "state")}
+    with Program("up", "--detach", *SMALL, environ=names) as program:
+        assert program.popen.wait(240) == 0, program.err
+        (deployment,) = all_deployments(names)
+        os.kill(deployment.supervisor.pid, signal.SIGKILL)
+        os.kill(deployment.guard.pid, signal.SIGKILL)
+        core = next(m for m in deployment.members if m.title == "VLLM::EngineCore")
+        assert psutil.pid_exists(core.process.pid)  # as vLLM leaves it
+        with Program("status", "--json", environ=names) as status:
+            assert status.exit_code() == 1
+            (said,) = status.json_lines
+        assert said["data"]["state"] == "failed"
+        assert core.process.pid in said["data"]["ended_pids"]
+        eventually(lambda: session_of(deployment.guard.pid) == [], "all of the session ended")
+        assert not [file for file in deployment.shared_files if Path(file.path).exists()]
+        assert not deployment.temporary_folder.exists()
 
 
 def test_an_interrupt_while_the_engine_starts_leaves_nothing(run):
@@ -174,6 +235,7 @@ def test_a_gated_model_is_refused_then_downloaded_served_and_tested(tmp_path):
             assert program.exit_code() == 3
             # vLLM's own leader takes seconds to notice; we did not wait for it.
             assert "its process VLLM::EngineCore (pid" in "".join(program.err)
+            assert "SIGKILL" in "".join(program.err)
 
 
 def test_a_start_that_vllm_refuses_tells_vllms_reason(run):

@@ -11,8 +11,10 @@ import pytest
 
 from fake_engine import serving
 from gemma_serve.adapters.host import free_port
-from gemma_serve.adapters.state import running_deployments
-from running import Program, eventually, fake_python, session_of
+from gemma_serve.adapters.state import all_deployments, deployment_folder
+from gemma_serve.cli import main
+from gemma_serve.engine.processes import lives
+from running import Program, end_deployments, eventually, fake_python
 
 PHASES = ["config", "engine", "weights", "kv cache", "server"]
 
@@ -38,12 +40,33 @@ def up(tmp_path, environ):
         return program
 
     yield start
+    end_deployments(environ)
     for program in programs:
         program.__exit__()
 
 
 def text(lines):
     return "".join(lines)
+
+
+def how(environ, name="demo"):
+    """The state of a deployment, and the code of the cause."""
+    record = deployment_folder(name, environ).load()
+    assert record is not None
+    return record.state, record.problem and record.problem.code
+
+
+@pytest.fixture
+def ask(environ, monkeypatch, capsys):
+    """Ask about deployments: the exit code, and the last line as JSON."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*args):
+        code = main([*args, "--json"])
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
 
 
 def test_once_with_the_smoke_test_serves_tests_and_leaves_nothing(up, environ):
@@ -55,7 +78,7 @@ def test_once_with_the_smoke_test_serves_tests_and_leaves_nothing(up, environ):
     assert "The capital of France is Paris." in out
     assert "the endpoint keeps its promises: 9 passed" in out
     assert "nothing of the engine is left" in err
-    assert running_deployments(environ) == []
+    assert how(environ) == ("stopped", None)
 
 
 def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
@@ -66,9 +89,15 @@ def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
     names = [event["event"] for event in events]
     assert names[:2] == ["engine_started", "phase_began"]
     assert names[-3:] == ["smoke_test", "stopping", "engine_stopped"]
+    assert set(events[-1]) == {
+        "event", "time", "duration_s", "killed", "left", "steps", "port_is_free", "gpu_bytes_held",
+    }  # fmt: skip
+    assert (events[-1]["left"], events[-1]["port_is_free"]) == ([], True)
+    assert [step["step"] for step in events[-1]["steps"]] == ["terminate", "clean"]
     phases = [event["phase"] for event in events if event["event"] == "phase_began"]
     assert phases == [
         "imports", "configuration", "engine core", "weights", "KV cache", "API server",
+        "first token",
     ]  # fmt: skip
     assert names.count("ready") == 1
     assert names.count("smoke_check") == 9
@@ -79,8 +108,10 @@ def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
         "problems": [],
     }
     assert set(last["data"]) == {
-        "url", "served_model_name", "ready_s", "phases", "log", "smoke_test",
+        "name", "url", "served_model_name", "ready_s", "phases", "log", "smoke_test",
     }  # fmt: skip
+    assert last["data"]["name"] == "demo"
+    assert [phase["phase"] for phase in last["data"]["phases"]] == phases
     assert {check["status"] for check in last["data"]["smoke_test"]["checks"]} == {"passed"}
 
 
@@ -94,19 +125,20 @@ def test_a_failed_smoke_test_is_exit_1(up):
 def test_a_signal_after_ready_stops_everything(up, environ, signum, code):
     program = up(grandchild="same-session")
     program.wait_for("ready after", "out")
-    eventually(lambda: len(program.engine_processes()) == 2, "a leader and its child")
-    assert [d.ready for d in running_deployments(environ)] == [True]
+    eventually(lambda: len(program.engine_processes()) == 3, "a guard, a leader and its child")
+    assert how(environ) == ("ready", None)
     program.send(signum)
     assert program.exit_code() == code
-    assert not list(Path(environ["GEMMA_SERVE_STATE_DIR"]).rglob("deployment.json"))
+    assert how(environ) == ("stopped", None)
 
 
 @pytest.mark.parametrize("phase", ["imports", "configuration", "weights", "API server"])
-def test_a_signal_in_any_phase_stops_everything(up, phase):
-    program = up(start_delay_s=6, grandchild="same-session")
+def test_a_signal_in_any_phase_stops_everything(up, environ, phase):
+    program = up(start_delay_s=3, grandchild="same-session")
     program.wait_for(f" s  {phase}")
     program.send(signal.SIGINT)
     assert program.exit_code() == 130
+    assert how(environ) == ("stopped", None)
 
 
 def test_a_second_signal_does_not_wait_for_an_engine_that_ignores_the_first(up):
@@ -125,16 +157,17 @@ def test_a_grandchild_in_a_session_of_its_own_ends_too(up):
     leader = psutil.Process(program.engine_pid)
     eventually(lambda: leader.children(recursive=True), "the grandchild")
     (grandchild,) = leader.children(recursive=True)
-    assert os.getsid(grandchild.pid) != program.engine_pid
+    assert os.getsid(grandchild.pid) != os.getsid(program.engine_pid)
     program.send(signal.SIGTERM)
     assert program.exit_code() == 143
     assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_an_engine_that_dies_while_starting_is_exit_3_with_its_last_error(up, phase):
+def test_an_engine_that_dies_while_starting_is_exit_3_with_its_last_error(up, environ, phase):
     program = up(die_in_phase=phase, exit_code=1)
     assert program.exit_code() == 3
+    assert how(environ) == ("failed", "engine.died")
     err = text(program.err)
     assert "error: the engine died during" in err
     assert "Engine core initialization failed" not in err
@@ -151,8 +184,8 @@ def test_the_cause_is_the_last_error_of_the_log_and_not_the_wrapper(up):
 
 
 @pytest.mark.parametrize("when", ["start", "ready"])
-def test_a_killed_engine_is_exit_3_and_says_by_what(up, when):
-    program = up(start_delay_s=6 if when == "start" else 0)
+def test_a_killed_engine_is_exit_3_and_says_by_what(up, environ, when):
+    program = up(start_delay_s=4 if when == "start" else 0)
     if when == "start":
         program.wait_for(" s  weights")
     else:
@@ -160,6 +193,10 @@ def test_a_killed_engine_is_exit_3_and_says_by_what(up, when):
     os.kill(program.engine_pid, signal.SIGKILL)
     assert program.exit_code() == 3
     assert "it was killed by signal SIGKILL" in text(program.err)
+    assert (
+        "it was killed by signal SIGKILL"
+        in deployment_folder("demo", environ).load().problem.message
+    )
 
 
 def test_an_engine_that_is_healthy_but_generates_nothing_is_not_ready(up):
@@ -198,7 +235,7 @@ def test_open_to_others_wants_a_key_or_a_word(up):
     assert program.exit_code() == 0
 
 
-def test_the_key_goes_to_the_engine_by_environment_and_nowhere_else(up, environ):
+def test_the_key_goes_to_the_engine_by_environment_and_nowhere_else(up, environ, ask):
     key = "s3cret-key-of-this-test"
     program = up(env={"GEMMA_SERVE_API_KEY": key})
     program.wait_for("ready after", "out")
@@ -209,9 +246,8 @@ def test_the_key_goes_to_the_engine_by_environment_and_nowhere_else(up, environ)
     with Program("smoke-test", environ={**environ, "GEMMA_SERVE_API_KEY": key}) as smoke:
         assert smoke.exit_code() == 0
         assert key not in text(smoke.out + smoke.err)
-    with Program("smoke-test", environ=environ) as smoke:
-        assert smoke.exit_code() == 1
-        assert "401" in text(smoke.out)
+    code, answer = ask("smoke-test")
+    assert (code, "401" in json.dumps(answer)) == (1, True)
     program.send(signal.SIGTERM)
     assert program.exit_code() == 143
     assert key not in text(program.out + program.err)
@@ -238,23 +274,24 @@ def test_a_signal_under_json_still_ends_with_the_envelope(up):
 def test_an_engine_is_stopped_though_nobody_reads_any_more(up, environ, form):
     program = up(*form, grandchild="same-session")
     program.wait_for("ready", "out")
-    leader = program.engine_pid
     program.close_streams()
     program.send(signal.SIGINT)
     assert program.popen.wait(60) in (1, 130)
-    assert session_of(leader) == []
-    assert not list(Path(environ["GEMMA_SERVE_STATE_DIR"]).rglob("deployment.json"))
+    assert program.engine_processes() == []
+    assert how(environ) == ("stopped", None)
 
 
 def test_two_on_one_port_the_second_is_refused_and_the_first_is_left_alone(up, environ):
     port = free_port("127.0.0.1")
     first = up(port=port, start_delay_s=3)
     first.wait_for("engine's pid")
-    second = up(port=port)
+    second = up("--name", "other", port=port)
     assert second.exit_code() == 1
     assert f"another `gemma-serve up` is using port {port}" in text(second.err)
     first.wait_for("ready after", "out")
-    assert [d.url for d in running_deployments(environ)] == [f"http://127.0.0.1:{port}"]
+    assert [(d.name, d.url) for d in all_deployments(environ)] == [
+        ("demo", f"http://127.0.0.1:{port}")
+    ]
     first.send(signal.SIGTERM)
     assert first.exit_code() == 143
 
@@ -268,12 +305,12 @@ def test_somebody_elses_answer_on_the_port_is_not_ours(up):
     assert "ready after" not in text(program.out)
 
 
-def test_smoke_test_while_it_starts_says_so(up, environ):
+def test_smoke_test_while_it_starts_says_so(up, ask):
     program = up(start_delay_s=20)
     program.wait_for("engine's pid")
-    with Program("smoke-test", environ=environ) as smoke:
-        assert smoke.exit_code() == 1
-        assert "is still starting" in text(smoke.err)
+    code, answer = ask("smoke-test")
+    assert code == 1
+    assert "is still starting" in answer["problems"][0]["message"]
     program.send(signal.SIGINT)
     assert program.exit_code() == 130
 
@@ -290,12 +327,11 @@ def test_what_nohup_lets_us_ignore_is_ignored(up, environ):
     assert program.exit_code() == 143
 
 
-def test_smoke_test_finds_what_up_started(up, environ):
+def test_smoke_test_finds_what_up_started(up, ask):
     program = up("--served-model-name", "demo")
     program.wait_for("ready after", "out")
-    with Program("smoke-test", "--json", environ=environ) as smoke:
-        assert smoke.exit_code() == 0
-        (answer,) = smoke.json_lines
+    code, answer = ask("smoke-test")
+    assert code == 0
     assert set(answer["data"]) == {"url", "model", "checks"}
     assert answer["data"]["model"] == "demo"
 
@@ -304,3 +340,109 @@ def test_port_0_takes_a_free_one(up):
     program = up("--once", port=0)
     assert program.exit_code() == 0
     assert "http://127.0.0.1:0" not in text(program.out)
+
+
+def test_a_second_of_the_name_is_pointed_to_restart(up, environ):
+    first = up()
+    first.wait_for("ready after", "out")
+    second = up(port=0)
+    assert second.exit_code() == 1
+    assert "error: demo is already there, and is ready" in text(second.err)
+    assert "`gemma-serve restart demo`" in text(second.err)
+    beside = up("beside", "--once", port=0)
+    assert beside.exit_code() == 0
+    assert {d.name: d.state for d in all_deployments(environ)} == {
+        "beside": "stopped", "demo": "ready",
+    }  # fmt: skip
+    first.send(signal.SIGTERM)
+    assert first.exit_code() == 143
+
+
+def test_a_detached_one_runs_on_and_is_asked_restarted_and_stopped(up, environ, ask, capsys):
+    program = up("--detach", "--smoke-test")
+    assert program.exit_code(detached=True) == 0
+    assert "ready after" in text(program.out)
+    assert "the endpoint keeps its promises: 9 passed" in text(program.out)
+    assert "demo runs in the background" in text(program.err)
+    record = deployment_folder("demo", environ).load()
+    assert (record.state, record.detached, record.restart) == ("ready", True, "on-failure")
+    code, answer = ask("status")
+    status = answer["data"]
+    assert (code, status["name"], status["state"], status["running"]) == (0, "demo", "ready", True)
+    assert (status["pid"], status["supervisor_pid"]) == (
+        record.leader.pid, record.supervisor.pid,
+    )  # fmt: skip
+    code, answer = ask("list")
+    assert [(d["name"], d["state"]) for d in answer["data"]["deployments"]] == [("demo", "ready")]
+    capsys.readouterr()
+    assert main(["logs", "-n", "1000"]) == 0
+    assert "[fake] ready" in capsys.readouterr().out
+
+    with Program("restart", environ={**environ, "FAKE_ENGINE": "{}"}) as restart:
+        assert restart.exit_code(detached=True) == 0
+    again = deployment_folder("demo", environ).load()
+    assert (again.state, again.url) == ("ready", record.url)
+    assert not lives(record.supervisor)
+    assert not lives(record.leader)
+
+    code, answer = ask("stop", "demo")
+    done = answer["data"]
+    assert (code, answer["problems"]) == (0, [])
+    assert (done["forced"], done["ended_pids"], done["left_pids"]) == (False, [], [])
+    assert (done["port_is_free"], [s["step"] for s in done["steps"]]) == (
+        True,
+        ["terminate", "clean"],
+    )
+    assert not any(map(lives, (again.supervisor, again.guard, again.leader)))
+    assert how(environ) == ("stopped", None)
+    code, answer = ask("status")
+    assert (code, answer["data"]["state"], answer["data"]["running"]) == (1, "stopped", False)
+    code, answer = ask("stop")
+    assert (code, [p["code"] for p in answer["problems"]]) == (1, ["deployment.not_running"])
+
+
+def test_a_detached_one_that_dies_while_starting_is_exit_3_and_status_says_why(up, ask):
+    cause = "ValueError: No available memory for the cache blocks."
+    program = up("--detach", die_in_phase="server", exit_code=1, log_file_lines=[cause])
+    assert program.exit_code() == 3
+    said = f"the engine died during API server: {cause}"
+    assert f"error: {said}\n" in text(program.err)
+    code, answer = ask("status")
+    assert (code, answer["data"]["state"], answer["data"]["running"]) == (1, "failed", False)
+    assert (answer["data"]["cause"]["code"], answer["data"]["cause"]["message"]) == (
+        "engine.died", said,
+    )  # fmt: skip
+
+
+def test_a_signal_while_a_detached_one_starts_stops_it(up, environ):
+    program = up("--detach", start_delay_s=20)
+    program.wait_for("engine's pid")
+    program.send(signal.SIGINT)
+    assert program.exit_code() == 130
+    assert how(environ) == ("stopped", None)
+
+
+def test_detached_and_once_contradict_each_other(ask):
+    code, answer = ask("up", "--detach", "--once")
+    said = "--once stops when it is ready, and --detach lets it run on"
+    assert (code, [problem["message"] for problem in answer["problems"]]) == (2, [said])
+
+
+def test_a_key_reaches_a_detached_engine_and_no_file(up, environ, ask):
+    key = "s3cret-key-of-this-test"
+    program = up("--detach", env={"GEMMA_SERVE_API_KEY": key})
+    assert program.exit_code(detached=True) == 0
+    record = deployment_folder("demo", environ).load()
+    leader = psutil.Process(record.leader.pid)
+    assert leader.environ()["VLLM_API_KEY"] == key
+    argv = [*leader.cmdline(), *psutil.Process(record.supervisor.pid).cmdline()]
+    assert not any(key in part for part in argv)
+    code, answer = ask("restart")
+    assert (code, [problem["code"] for problem in answer["problems"]]) == (1, ["config.no_key"])
+    assert how(environ) == ("ready", None)
+    assert ask("stop")[0] == 0
+    assert key not in text(program.out + program.err)
+    state = Path(environ["GEMMA_SERVE_STATE_DIR"])
+    files = [path for path in state.rglob("*") if path.is_file()]
+    assert files
+    assert not any(key in path.read_text() for path in files)

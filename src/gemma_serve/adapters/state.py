@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +129,7 @@ class DeploymentFolder:
                 if file.exists():
                     file.replace(file.with_name(f"{file.name}.1"))
                 os.close(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+            os.close(os.open(self.supervisor_log, os.O_CREAT | os.O_WRONLY, 0o600))
         except OSError as error:
             raise _unwritable(self.path, error) from None
 
@@ -168,17 +169,22 @@ class DeploymentFolder:
             return error
         return None
 
-    def write_holder(self, lock: Lock) -> None:
-        """Note in the lock's file who we are, for when the record gets damaged."""
+    def write_holder(self, lock: Lock, holder: ProcessId, boot_id: str) -> None:
+        """Note in the lock's file who has it, for when the record gets damaged."""
+        text = json.dumps({**asdict(holder), "boot_id": boot_id})
         with suppress(OSError):
             os.ftruncate(lock.fd, 0)
-            os.pwrite(lock.fd, json.dumps({"pid": os.getpid()}).encode(), 0)
+            os.pwrite(lock.fd, text.encode(), 0)
 
-    def holder(self) -> int | None:
-        """The pid of whoever claimed the name last; None where that can't be read."""
-        value = self.read_json(self.path / "lock")
-        pid = None if value is None else value.get("pid")
-        return pid if isinstance(pid, int) else None
+    def holder(self, boot_id: str) -> ProcessId | None:
+        """Who claimed the name last in this boot; None where that can't be read."""
+        value = self.read_json(self.path / "lock") or {}
+        if value.get("boot_id") != boot_id:
+            return None
+        try:
+            return ProcessId(int(value["pid"]), int(value["start_ticks"]))
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def load(self) -> Deployment | None:
         """The record; None where there is none. A damaged one has the state `unreadable`."""
@@ -207,6 +213,8 @@ class DeploymentFolder:
         """
         fields = asdict(deployment)
         del fields["folder"]
+        with suppress(OSError):
+            _private_folder(self.path)  # somebody may have removed it
         self.write_json(self.path / _RECORD, {"schema": _SCHEMA, **fields})
 
 
@@ -230,6 +238,10 @@ def _read_record(fields: dict[str, Any], folder: Path) -> Deployment:
         **{
             **fields,
             "folder": folder,
+            "name": folder.name,
+            "changed_at": float(fields["changed_at"]),
+            "started_at": float(fields["started_at"]),
+            "phase_began_at": float(fields["phase_began_at"]),
             "supervisor": process(fields["supervisor"]),
             "guard": process(fields["guard"]),
             "leader": process(fields["leader"]),
@@ -274,7 +286,13 @@ def state_dir(environ: Mapping[str, str] | None = None) -> Path:
 class Lock:
     """A claim that holds for as long as a process has `fd` open; a guard inherits it."""
 
-    fd: int = field(default=-1)
+    fd: int
+    path: Path | None = None
+
+    def remove(self) -> None:
+        """Remove the file of a claim that is ending; the next one makes its own."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give up our own hold of it."""
@@ -305,7 +323,12 @@ def claim_port(port: int, environ: Mapping[str, str] | None = None) -> Lock:
         GemmaServeError: another `up` has claimed it.
         UsageError: the state folder can't be written.
     """
-    lock = _claim(state_dir(environ) / "ports" / f"{port}.lock")
+    path = port_lock_path(port, environ)
+    lock = _claim(path)
+    while lock is not None and not _is_at(lock, path):
+        # Its former holder removed the file between our opening and claiming it.
+        lock.release()
+        lock = _claim(path)
     if lock is None:
         raise GemmaServeError(
             f"another `gemma-serve up` is using port {port}",
@@ -313,6 +336,18 @@ def claim_port(port: int, environ: Mapping[str, str] | None = None) -> Lock:
             hint="use another port: --port 0 takes any that is free",
         )
     return lock
+
+
+def port_lock_path(port: int, environ: Mapping[str, str] | None = None) -> Path:
+    """The file that stands for a claim of `port`."""
+    return state_dir(environ) / "ports" / f"{port}.lock"
+
+
+def _is_at(lock: Lock, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fd), path.stat())
+    except OSError:
+        return False
 
 
 def _claim(path: Path) -> Lock | None:
@@ -328,7 +363,7 @@ def _claim(path: Path) -> Lock | None:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return None
         raise _unwritable(path.parent, error) from None
-    return Lock(fd)
+    return Lock(fd, path)
 
 
 def _private_folder(path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -75,17 +75,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # An answer may hold what the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
+    if os.getpid() == 1:
+        # In a container, the kernel drops the signals that its first process doesn't handle.
+        signal.signal(signal.SIGTERM, _stop)
     debug_before = os.environ.get("GEMMA_SERVE_DEBUG")
     try:
         return _run(args)
     except BrokenPipeError:
-        # Whoever read our output has gone; without this, Python complains at its own end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_nowhere()
         return EXIT_NO
     finally:
         if debug_before is None:
             # `--debug` was for this run alone.
             os.environ.pop("GEMMA_SERVE_DEBUG", None)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
+
+
+def _write_nowhere() -> None:
+    """Whoever read our output has gone; without this, Python complains at its own end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: list[str]) -> int:
@@ -116,9 +127,12 @@ def _end(args: Sequence[str], error: GemmaServeError) -> int:
     if as_json or not isinstance(error, Stopped):
         from gemma_serve.view.output import Output
 
-        with suppress(BrokenPipeError):
+        try:
             output = Output(as_json=as_json)
             output.result(_command(args), ok=False, data={}, problems=error.problems)
+        except OSError:
+            # The reader has gone, or the terminal was closed: the exit code still tells.
+            _write_nowhere()
     return error.shell_code if isinstance(error, Stopped) else error.exit_code
 
 

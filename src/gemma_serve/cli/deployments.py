@@ -108,6 +108,12 @@ def stop(
 
     view = StopView(as_json=as_json)
     if orphans:
+        if one_name(name, named) is not None:
+            raise UsageError(
+                "--orphans ends what no deployment looks after, and one was named",
+                code="usage",
+                hint="leave one of the two out",
+            )
         view.orphans(stop_orphans(os.environ))
         return EXIT_OK
     result = run(
@@ -123,9 +129,11 @@ def stop(
 def restart(name: DeploymentName = None, named: NameOption = None, as_json: AsJson = False) -> int:
     """Stop a deployment if it runs, and start it in the background with the same settings."""
     from gemma_serve.cli.up import start_detached
+    from gemma_serve.usecases.plan import make_plan
     from gemma_serve.usecases.restart import (
         environment_without_settings,
         read_last_run,
+        refuse_what_would_fail,
         settings_as_flags,
     )
     from gemma_serve.usecases.stop import stop as end
@@ -133,6 +141,8 @@ def restart(name: DeploymentName = None, named: NameOption = None, as_json: AsJs
     from gemma_serve.view.up import UpView
 
     run, running = read_last_run(one_name(name, named), os.environ)
+    flags, environ = settings_as_flags(run), environment_without_settings(os.environ)
+    refuse_what_would_fail(make_plan(flags, environ=environ, force=run.force))
     if running:
         end(
             run.name,
@@ -140,17 +150,19 @@ def restart(name: DeploymentName = None, named: NameOption = None, as_json: AsJs
             environ=os.environ,
             on_event=StopView(as_json=as_json).on_event,
         )
-    return start_detached(
-        settings_as_flags(run),
-        environ=environment_without_settings(os.environ),
-        view=UpView(as_json=as_json, command="restart"),
-    )
+    view = UpView(as_json=as_json, command="restart")
+    return start_detached(flags, environ=environ, view=view, force=run.force)
 
 
-def supervise(name: str, locks: Annotated[str, typer.Option("--locks")] = "") -> int:
+def supervise(
+    name: str,
+    locks: Annotated[str, typer.Option("--locks")],
+    events: Annotated[int, typer.Option("--events")],
+) -> int:
     """Look after a deployment in the background; `up --detach` starts it."""
     from gemma_serve.adapters.settings import read_api_key
     from gemma_serve.adapters.state import deployment_folder
+    from gemma_serve.usecases.detach import EventPipe
     from gemma_serve.usecases.run import read_run
     from gemma_serve.usecases.up import supervise as look_after
 
@@ -161,6 +173,6 @@ def supervise(name: str, locks: Annotated[str, typer.Option("--locks")] = "") ->
         environ=os.environ,
         api_key=read_api_key(os.environ, run.api_key_file),
         keep_open=tuple(int(fd) for fd in locks.split(",") if fd),
-        on_event=lambda event: None,
+        on_event=EventPipe(events).tell,
     )
     return EXIT_OK

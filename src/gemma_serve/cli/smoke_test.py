@@ -98,9 +98,10 @@ def _only_deployment(name: str | None) -> Deployment:
             code="smoke.no_deployment",
             hint="start one with `gemma-serve up`, or name an endpoint with --url",
         )
-    if deployment.state == "starting":
+    if deployment.state not in ("ready", "unhealthy"):
+        is_still = "still starting" if deployment.state == "starting" else deployment.state
         raise GemmaServeError(
-            f"{deployment.name} is still starting",
+            f"{deployment.name} is {is_still}",
             code="smoke.starting",
             hint="wait until `up` says ready; or let it test by itself: `up --smoke-test`",
         )

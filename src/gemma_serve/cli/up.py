@@ -65,7 +65,7 @@ def up(
         plan = _prepare(flags, os.environ, view, file=config, force=force)
         result = run(
             plan,
-            options=UpOptions(smoke_test=smoke_test, once=once),
+            options=UpOptions(smoke_test=smoke_test, once=once, force=force),
             environ=os.environ,
             api_key=read_api_key(os.environ, plan.config.api_key_file),
             on_event=view.on_event,
@@ -92,6 +92,7 @@ def start_detached(
         result = up_detached(
             plan,
             smoke_test=smoke_test,
+            force=force,
             environ=environ,
             api_key=read_api_key(environ, plan.config.api_key_file),
             on_event=view.on_event,
@@ -109,6 +110,7 @@ def _prepare(
     force: bool,
 ) -> ServePlan:
     """Decide, check everything, and bring the model; what was found is shown by `view`."""
+    from gemma_serve.adapters.engine_orphans import find_orphans
     from gemma_serve.usecases.bring_model import bring_model
     from gemma_serve.usecases.check import check
     from gemma_serve.usecases.deployments import refuse_if_running
@@ -124,6 +126,7 @@ def _prepare(
     if ended:
         view.ended_leftovers(name_of(plan), ended)
         plan = decide()
+    view.orphans(find_orphans())
     report = check(plan)
     view.checked(report)
     blocking = [problem for problem in report.problems if problem.blocking]

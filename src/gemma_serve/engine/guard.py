@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ from gemma_serve.planning.process_id import Member, ProcessId, SharedFile
 
 # How often new processes and segments are looked for: nothing depends on seeing them at once,
 # since all of them stay below the guard.
-_TICK_S = 0.5
+_TICK_S = 0.2
+_LATER_TICK_S = 1.0
+_YOUNG_S = 120.0
 # The engine must not wait for its log: a pipe of a megabyte holds 10,000 lines.
 _PIPE_BYTES = 2**20
 _F_SETPIPE_SZ = 1031
@@ -68,6 +71,7 @@ class Guard:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._log = RotatingLog(order.log)
+        self._log.begin_anew()
         self._members: dict[ProcessId, str] = {}
         self._lost: set[ProcessId] = set()
         self._segments: frozenset[SharedFile] = frozenset()
@@ -79,6 +83,8 @@ class Guard:
         self._stop_with: float | None = None
         self._hurry = False
         self._drained = False
+        self._unsent = b""
+        self._begun = time.monotonic()
         self._exit: Exit | None = None
         self._looked_at = 0.0
 
@@ -143,7 +149,7 @@ class Guard:
 
     def _wait(self, timeout_s: float) -> None:
         """Do what there is to do, waiting up to `timeout_s` for it."""
-        due_s = max(0.0, self._looked_at + _TICK_S - time.monotonic())
+        due_s = max(0.0, self._looked_at + self._tick_s() - time.monotonic())
         events = self._poll.poll(min(timeout_s, due_s) * 1000)
         for fd, _ in events:
             if fd == self._output:
@@ -154,8 +160,13 @@ class Guard:
                 self._hear()
         if any(fd in self._pidfds or fd == self._wake for fd, _ in events):
             self._note_deaths()
-        if time.monotonic() >= self._looked_at + _TICK_S:
+        if time.monotonic() >= self._looked_at + self._tick_s():
             self._look()
+        self._send_unsent()
+
+    def _tick_s(self) -> float:
+        """Processes and segments are made while an engine starts, and hardly any afterwards."""
+        return _TICK_S if time.monotonic() < self._begun + _YOUNG_S else _LATER_TICK_S
 
     def _hear(self) -> None:
         """Take in the supervisor's commands; its end is one too."""
@@ -166,6 +177,8 @@ class Guard:
         if not data:
             self._poll.unregister(sys.stdin.fileno())
             self._supervised = False
+            # Nobody is left who would want a drain to go on.
+            self._hurry = self._stop_with is not None
             self._stop_with = self._stop_with or 0.0
             return
         *lines, self._commands = (self._commands + data).split(b"\n")
@@ -197,6 +210,8 @@ class Guard:
             pid, status = os.waitpid(self._leader.pid, os.WNOHANG)
             if pid:
                 self._exit = Exit.of(os.waitstatus_to_exitcode(status))
+                while self._pump():  # its last words are in the log when its end is told
+                    continue
                 self._report(LeaderEnded(self._exit))
         for process, title in self._members.items():
             if title and process not in self._lost and not lives(process):
@@ -272,6 +287,7 @@ class Guard:
             "time": round(time.time(), 3),
             "reason": "the supervisor was gone",
             "duration_s": round(stopped.duration_s, 3),
+            "steps": [asdict(step) for step in stopped.descent.steps],
             "left": list(stopped.descent.left),
         }
         with suppress(OSError), self._order.events.open("a", encoding="utf-8") as file:
@@ -279,8 +295,14 @@ class Guard:
 
     def _report(self, report: Report) -> None:
         """Tell the supervisor; one that is gone or doesn't read misses it."""
-        with suppress(OSError):
-            os.write(sys.stdout.fileno(), write_report(report))
+        self._unsent += write_report(report)
+        self._send_unsent()
+
+    def _send_unsent(self) -> None:
+        if self._unsent:
+            with suppress(OSError):
+                written = os.write(sys.stdout.fileno(), self._unsent)
+                self._unsent = self._unsent[written:]
 
 
 def _widen(pipe: int) -> None:

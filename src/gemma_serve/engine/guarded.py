@@ -19,7 +19,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gemma_serve.engine.ladder import GRACE_S, Descent, Ending, StopStep, descend
+from gemma_serve.engine.ladder import (
+    GRACE_S,
+    KILL_TIMEOUT_S,
+    LINGER_S,
+    Descent,
+    Ending,
+    StopStep,
+    descend,
+)
 from gemma_serve.engine.processes import (
     become_subreaper,
     collect_zombies,
@@ -51,7 +59,7 @@ from gemma_serve.planning.process_id import Member, ProcessId, SharedFile
 # Python's start and the imports of the guard; on a machine that is busy with other starts too.
 _START_TIMEOUT_S = 60.0
 # Beyond the ladder's own clock, before a guard that doesn't answer is taken for dead.
-_PATIENCE_S = 2.0
+_PATIENCE_S = LINGER_S + KILL_TIMEOUT_S + 2.0
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,12 @@ class GuardedEngine:
     def _listen(self) -> None:
         """Collect what the guard reports, until it ends."""
         assert self._popen.stdout is not None
-        for line in self._popen.stdout:
-            with suppress(ValueError):  # the last line of a guard that was killed
-                self._reports.append(read_report(line.decode()))
-                self._on_news()
+        with self._popen.stdout as lines:
+            for line in lines:
+                # The last line of a guard that was killed is torn.
+                with suppress(ValueError, KeyError, TypeError):
+                    self._reports.append(read_report(line.decode()))
+                    self._on_news()
         self._popen.wait()
         self._finished.set()
         self._on_news()
@@ -161,6 +171,7 @@ class GuardedEngine:
             gently: False kills at once, when there is nothing left to end in order.
         """
         begun = time.monotonic()
+        send(self.guard, signal.SIGCONT)  # somebody may have halted it
         self._command({"stop": drain_s, "hurry": not gently})
         until = begun + drain_s + GRACE_S + _PATIENCE_S
         hurried = not gently
@@ -174,11 +185,18 @@ class GuardedEngine:
             return self._stop_without_guard(begun)
         with suppress(subprocess.TimeoutExpired):
             self._popen.wait(_PATIENCE_S)
+        self.let_go()
         return self._stopped
 
     def _has_stopped(self) -> bool:
         self.take_in()
         return self._stopped is not None or self.guard_is_gone
+
+    def let_go(self) -> None:
+        """Close the pipe to the guard; one that still lives ends its engine then."""
+        assert self._popen.stdin is not None
+        with suppress(OSError):
+            self._popen.stdin.close()
 
     def _command(self, command: Mapping[str, object]) -> None:
         assert self._popen.stdin is not None
@@ -190,6 +208,7 @@ class GuardedEngine:
         """The guard is dead or halted: end what it looked after."""
         send(self.guard, signal.SIGKILL)
         self._popen.wait()
+        self.let_go()
         self.take_in()
         if self.leader is None:
             return Stopped(Descent((), ()), time.monotonic() - begun)
@@ -199,6 +218,9 @@ class GuardedEngine:
     def _adopted(self) -> list[ProcessId]:
         """What came to us when the guard died: whatever is below us and wasn't before."""
         collect_zombies(spare=self._spare)
+        if os.getpid() == 1:
+            # Everybody's orphans come to us; those of the session are found without this.
+            return []
         return [process for process in descendants(os.getpid()) if process.pid not in self._spare]
 
     def collect_zombies(self) -> None:

@@ -17,9 +17,9 @@ from gemma_serve.planning.process_id import ProcessId
 # How long the leader gets beyond the drain that was asked for.
 GRACE_S = 3.0
 # Giving back tens of GB can take a killed process seconds on a busy machine.
-_KILL_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 10.0
 # Python's own helper processes end by themselves once the leader has.
-_LINGER_S = 0.5
+LINGER_S = 0.5
 
 StepName = Literal["drain", "terminate", "kill", "clean"]
 
@@ -93,7 +93,7 @@ def _wait_for_leader(ending: Ending, until: float) -> None:
 
 
 def _wait_for_helpers(ending: Ending) -> None:
-    until = time.monotonic() + _LINGER_S
+    until = time.monotonic() + LINGER_S
     while not ending.leader_lives() and ending.members() and time.monotonic() < until:
         if ending.hurry():
             return
@@ -102,8 +102,12 @@ def _wait_for_helpers(ending: Ending) -> None:
 
 def _kill(ending: Ending, count: int) -> StopStep:
     begun = time.monotonic()
-    while (left := ending.members()) and time.monotonic() < begun + _KILL_TIMEOUT_S:
+    empty = 0
+    # Twice empty: a process whose parent ends while the list is made can be missing in it.
+    while empty < 2 and time.monotonic() < begun + KILL_TIMEOUT_S:
         # Again each round: what was just being forked is in the next list.
+        left = ending.members()
+        empty = 0 if left else empty + 1
         kill_all(left)
         ending.wait(0.02)
     return StopStep("kill", time.monotonic() - begun, count)

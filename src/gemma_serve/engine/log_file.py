@@ -42,6 +42,12 @@ class RotatingLog:
         told, self._in_trouble = self._in_trouble, error is not None
         return None if told else error
 
+    def begin_anew(self) -> None:
+        """Move what an earlier engine has written out of the way."""
+        with suppress(OSError):
+            if self.path.stat().st_size:
+                self._move_away()
+
     def close(self) -> None:
         """Close the file, with a last line on what is missing in it if there is room for one."""
         if self._lost:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +20,18 @@ from gemma_serve.adapters.state import (
     deployment_folder,
 )
 from gemma_serve.engine.guarded import Family, end_family
-from gemma_serve.engine.processes import boot_id, identify, lives, survivors
+from gemma_serve.engine.processes import boot_id, identify, lives, send, survivors
+from gemma_serve.engine.shared_files import remove_temporary_folder
 from gemma_serve.errors import GemmaServeError, Problem, UsageError
 from gemma_serve.planning.process_id import ProcessId
 
 # What a guard whose supervisor was killed needs to end its engine, and then some.
 _GUARD_TIMEOUT_S = 15.0
+
+_LOOK_TIMEOUT_S = 2.0
+
+# As `--name` takes them: anything else is no folder of ours.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 LIVE = ("starting", "ready", "unhealthy", "restarting", "stopping")
 
@@ -63,28 +72,38 @@ def settle(name: str, environ: Mapping[str, str]) -> Settled | None:
             return None if deployment is None else Settled(deployment, running=True)
         if lives(supervisor):
             return Settled(deployment, running=True)
-        if time.monotonic() > until:
-            _end_leftovers(deployment)
-            until = time.monotonic() + _GUARD_TIMEOUT_S
+        if deployment.boot_id == boot_id() and deployment.guard is not None:
+            send(deployment.guard, signal.SIGCONT)  # one that was halted does its work then
+            if time.monotonic() > until:
+                send(deployment.guard, signal.SIGKILL)
+        if time.monotonic() > until + _LOOK_TIMEOUT_S:
+            raise _locked(folder)
         time.sleep(0.05)
     with lock:
         deployment = folder.load()
         return None if deployment is None else _settled(folder, deployment)
 
 
+def _locked(folder: DeploymentFolder) -> GemmaServeError:
+    return GemmaServeError(
+        f"somebody holds {folder.path / 'lock'}, and it is no supervisor of {folder.name}",
+        code="deployment.locked",
+        hint=f"find out who with `fuser {folder.path / 'lock'}`",
+    )
+
+
 def _supervisor(folder: DeploymentFolder, deployment: Deployment) -> ProcessId | None:
     """Who holds the name, also where the record is damaged."""
     if deployment.supervisor is not None:
         return deployment.supervisor
-    pid = folder.holder()
-    return None if pid is None else identify(pid)
+    return folder.holder(boot_id())
 
 
 def _settled(folder: DeploymentFolder, deployment: Deployment) -> Settled:
     """The deployment, which nobody looks after any more."""
-    if deployment.state not in LIVE:
-        return Settled(deployment, running=False)
     ended = _end_leftovers(deployment)
+    if deployment.state not in LIVE:
+        return Settled(deployment, running=False, ended=ended)
     failed = replace(
         deployment,
         state="failed",
@@ -112,8 +131,12 @@ def _abandoned(deployment: Deployment) -> Problem:
 
 def _end_leftovers(deployment: Deployment) -> tuple[int, ...]:
     """End what a supervisor and its guard left of an engine; the pids of the ended."""
+    if deployment.boot_id != boot_id():
+        return ()
     family = family_of(deployment)
-    if family is None or deployment.boot_id != boot_id():
+    if family is None:
+        if deployment.temporary_folder is not None:
+            remove_temporary_folder(deployment.temporary_folder)
         return ()
     left = survivors(family.members, family.guard.pid)
     end_family(family)
@@ -136,8 +159,18 @@ def family_of(deployment: Deployment) -> Family | None:
 
 def settle_all(environ: Mapping[str, str]) -> list[Settled]:
     """Every deployment as it really is, by name."""
-    settled = (settle(deployment.name, environ) for deployment in all_deployments(environ))
+    settled = (_settled_or_held(deployment, environ) for deployment in all_deployments(environ))
     return [one for one in settled if one is not None]
+
+
+def _settled_or_held(deployment: Deployment, environ: Mapping[str, str]) -> Settled | None:
+    """One that somebody else holds doesn't hide the others."""
+    try:
+        return settle(deployment.name, environ)
+    except GemmaServeError as error:
+        if error.problems[0].code != "deployment.locked":
+            raise
+        return Settled(replace(deployment, problem=error.problems[0]), running=True)
 
 
 def find_deployment(name: str | None, environ: Mapping[str, str]) -> Settled:
@@ -148,7 +181,7 @@ def find_deployment(name: str | None, environ: Mapping[str, str]) -> Settled:
         UsageError: there are several, and none was named.
     """
     if name is not None:
-        found = settle(name, environ)
+        found = settle(name, environ) if _NAME.fullmatch(name) else None
         if found is None:
             known = ", ".join(one.name for one in all_deployments(environ))
             raise GemmaServeError(
@@ -184,14 +217,24 @@ def claim(name: str, port: int, environ: Mapping[str, str]) -> Iterator[tuple[in
         UsageError: the state folder can't be written.
     """
     refuse_if_running(name, environ)
-    lock = claim_name(name, environ)
-    if lock is None:
-        raise _running(name, "starting")
+    until = time.monotonic() + _LOOK_TIMEOUT_S
+    while (lock := claim_name(name, environ)) is None:
+        # Whoever only looks has the name for a moment too.
+        if time.monotonic() > until:
+            raise _running(name, "starting")
+        time.sleep(0.02)
     with lock:
         port_lock: Lock = claim_port(port, environ)
         with port_lock:
-            deployment_folder(name, environ).write_holder(lock)
+            hold(name, lock, environ)
             yield (lock.fd, port_lock.fd)
+
+
+def hold(name: str, lock: Lock, environ: Mapping[str, str]) -> None:
+    """Note that the name is ours, for when the record gets damaged."""
+    holder = identify(os.getpid())
+    if holder is not None:
+        deployment_folder(name, environ).write_holder(lock, holder, boot_id())
 
 
 def refuse_if_running(name: str, environ: Mapping[str, str]) -> tuple[int, ...]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from gemma_serve.adapters.state import DeploymentFolder, deployment_folder
 from gemma_serve.engine.inbox import Inbox
-from gemma_serve.errors import EngineFailed, GemmaServeError, Problem, Stopped
+from gemma_serve.errors import (
+    EXIT_USAGE,
+    EngineFailed,
+    GemmaServeError,
+    Problem,
+    Stopped,
+    UsageError,
+)
 from gemma_serve.usecases.deployments import claim
 from gemma_serve.usecases.events import (
     EngineReady,
@@ -19,6 +27,7 @@ from gemma_serve.usecases.events import (
     Failed,
     OnEvent,
     PhaseBegan,
+    event_line,
     read_event,
 )
 from gemma_serve.usecases.plan import ServePlan
@@ -33,6 +42,7 @@ def up_detached(
     plan: ServePlan,
     *,
     smoke_test: bool,
+    force: bool,
     environ: Mapping[str, str],
     api_key: str | None,
     on_event: OnEvent,
@@ -46,15 +56,18 @@ def up_detached(
         Stopped: SIGINT, SIGTERM or SIGHUP came.
         GemmaServeError: a deployment of that name runs, or another has the port.
     """
-    run = run_of(plan, detached=True)
+    run = run_of(plan, detached=True, force=force)
     folder = deployment_folder(run.name, environ)
     with Inbox() as inbox:
         with claim(run.name, run.port, environ) as locks:
             folder.begin()
             folder.write_json(folder.run, write_run(run))
-            child = _start_supervisor(run, folder, locks, environ)
+            child, events = _start_supervisor(run, folder, locks, environ)
         phases: list[PhaseBegan] = []
-        ready = _follow(child, folder, inbox, on_event, phases)
+        try:
+            ready = _follow(child, events, folder, inbox, on_event, phases)
+        finally:
+            os.close(events)
     report = None
     if smoke_test:
         report = run_smoke(
@@ -72,30 +85,40 @@ def up_detached(
 
 def _start_supervisor(
     run: Run, folder: DeploymentFolder, locks: tuple[int, ...], environ: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    kept = ",".join(map(str, locks))
-    with folder.supervisor_log.open("ab") as log:
-        folder.supervisor_log.chmod(0o600)
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "gemma_serve", "supervise", run.name, "--locks", kept],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=dict(environ),
-            start_new_session=True,
-            pass_fds=locks,
-        )
+) -> tuple[subprocess.Popen[bytes], int]:
+    """The supervisor, and a pipe on which it tells its events: a full disk can't silence it."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    command = ["supervise", run.name, "--locks", ",".join(map(str, locks)), "--events"]
+    try:
+        with folder.supervisor_log.open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "gemma_serve", *command, str(write_end)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(environ),
+                start_new_session=True,
+                pass_fds=(*locks, write_end),
+            )
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+    return child, read_end
 
 
 def _follow(
     child: subprocess.Popen[bytes],
+    pipe: int,
     folder: DeploymentFolder,
     inbox: Inbox,
     on_event: OnEvent,
     phases: list[PhaseBegan],
 ) -> EngineReady:
     """Pass the supervisor's events on until it is ready; raises if it ends before that."""
-    events = _new_events(folder.events)
+    events = _new_events(pipe)
     failed: Failed | None = None
     forwarded = 0
     while True:
@@ -123,6 +146,8 @@ def _failure(
     failed: Failed | None, child: subprocess.Popen[bytes], folder: DeploymentFolder
 ) -> GemmaServeError:
     problem = failed.problem if failed is not None else _unexplained(child, folder)
+    if failed is not None and failed.exit_code == EXIT_USAGE:
+        return UsageError(problem.message, code=problem.code, hint=problem.hint)
     return EngineFailed(problem.message, code=problem.code, hint=problem.hint)
 
 
@@ -134,17 +159,36 @@ def _unexplained(child: subprocess.Popen[bytes], folder: DeploymentFolder) -> Pr
     )
 
 
-def _new_events(path: Path) -> Iterator[list[Event]]:
-    """With each step, the events that were written since the last one."""
-    at, rest = 0, b""
+def _new_events(pipe: int) -> Iterator[list[Event]]:
+    """With each step, the events that have come since the last one."""
+    rest = b""
     while True:
         try:
-            with path.open("rb") as file:
-                file.seek(at)
-                data = file.read()
-        except OSError:
+            data = os.read(pipe, 2**20)
+        except BlockingIOError:
             data = b""
-        at += len(data)
         *lines, rest = (rest + data).split(b"\n")
         found = (read_event(json.loads(line)) for line in lines)
         yield [event for event in found if event is not None]
+
+
+class EventPipe:
+    """The other end of it: tells whoever started the supervisor what happens, while they listen."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        # A reader that was halted must not halt us.
+        os.set_blocking(fd, False)
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on; nobody reads any more after the engine is ready."""
+        if self._fd < 0:
+            return
+        line = json.dumps(event_line(event, time=time.time()), default=str).encode() + b"\n"
+        try:
+            os.write(self._fd, line)
+        except BlockingIOError:
+            return
+        except OSError:
+            os.close(self._fd)
+            self._fd = -1

@@ -167,6 +167,7 @@ class Failed:
     """The run is over, and not because somebody asked for it."""
 
     problem: Problem
+    exit_code: int
 
 
 Event = (
@@ -227,10 +228,10 @@ def read_event(line: Mapping[str, Any]) -> Event | None:
     kind = _READ_BACK.get(str(line.get("event")))
     if kind is None:
         return None
-    for name, read in _READERS.items():
-        if name in fields:
-            fields[name] = read(fields[name])
     try:
+        for name, read in _READERS.items():
+            if name in fields:
+                fields[name] = read(fields[name])
         event: Event = kind(**fields)
     except TypeError:
         return None  # another version's

@@ -48,6 +48,12 @@ class Journal:
             temporary_folder=family.temporary_folder,
         )
 
+    def mend(self) -> None:
+        """Write the record again if somebody has damaged or removed it."""
+        found = self.folder.load()
+        if found is None or found.state == "unreadable":
+            self._save()
+
     def keep_timeline(self, phases: Mapping[str, float], ready_s: float) -> None:
         """The durations of a start that came to its end, for the next one to compare with."""
         value = {"phases": {name: round(s, 3) for name, s in phases.items()}, "ready_s": ready_s}

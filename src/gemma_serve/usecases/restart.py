@@ -9,7 +9,9 @@ from gemma_serve.adapters.settings import API_KEY_VARIABLE
 from gemma_serve.adapters.state import DeploymentFolder
 from gemma_serve.errors import GemmaServeError
 from gemma_serve.planning.settings import SETTINGS
+from gemma_serve.usecases.check import check
 from gemma_serve.usecases.deployments import find_deployment
+from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.run import Run, read_run
 
 
@@ -40,6 +42,18 @@ def read_last_run(name: str | None, environ: Mapping[str, str]) -> tuple[Run, bo
 
 def _has_key(environ: Mapping[str, str]) -> bool:
     return bool(environ.get(API_KEY_VARIABLE) or environ.get("VLLM_API_KEY"))
+
+
+def refuse_what_would_fail(plan: ServePlan) -> None:
+    """Check all that can be checked while it still runs: what holds then is its own.
+
+    Raises:
+        GemmaServeError: a new start would be refused.
+    """
+    own = ("gpu.", "port.")
+    found = [p for p in check(plan).problems if p.blocking and not p.code.startswith(own)]
+    if found:
+        raise GemmaServeError.of(found)
 
 
 def settings_as_flags(run: Run) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Run:
     api_key_file: Path | None
     settings: Mapping[str, Any]
     detached: bool
+    force: bool
     restart: Literal["no", "on-failure"]
     drain_timeout: float
     shutdown_timeout: float
@@ -52,7 +53,7 @@ class Run:
         return max(self.shutdown_timeout, self.drain_timeout)
 
 
-def run_of(plan: ServePlan, *, detached: bool) -> Run:
+def run_of(plan: ServePlan, *, detached: bool, force: bool = False) -> Run:
     """The run that `plan` decided on."""
     config = plan.config
     dumped = config.model_dump(mode="json")
@@ -78,6 +79,7 @@ def run_of(plan: ServePlan, *, detached: bool) -> Run:
         api_key_file=config.api_key_file,
         settings=given,
         detached=detached,
+        force=force,
         restart=config.restart or ("on-failure" if detached else "no"),
         drain_timeout=float(config.drain_timeout),
         shutdown_timeout=float(config.shutdown_timeout),

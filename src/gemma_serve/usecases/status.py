@@ -59,15 +59,15 @@ def read_status(name: str | None, environ: Mapping[str, str]) -> DeploymentStatu
     folder = DeploymentFolder(deployment.folder)
     now = time.time()
     starting = settled.running and deployment.state in ("starting", "restarting")
-    timeline = folder.read_json(folder.timeline) or {}
+    phases, ready_s = _last_start(folder)
     return DeploymentStatus(
         deployment=deployment,
         running=settled.running,
         ended=settled.ended,
         now=now,
         phase_s=now - deployment.phase_began_at if starting else None,
-        last_phases_s=timeline.get("phases", {}),
-        last_ready_s=timeline.get("ready_s"),
+        last_phases_s=phases,
+        last_ready_s=ready_s,
         silent_s=_silence(deployment, now) if starting else None,
         load=_load(deployment) if settled.running and not starting else None,
         orphans=find_orphans(),
@@ -77,6 +77,16 @@ def read_status(name: str | None, environ: Mapping[str, str]) -> DeploymentStatu
 def list_deployments(environ: Mapping[str, str]) -> list[Settled]:
     """Every deployment that is known, by name, as it really is."""
     return settle_all(environ)
+
+
+def _last_start(folder: DeploymentFolder) -> tuple[dict[str, float], float | None]:
+    """The phases of the last good start and its length; nothing where they can't be read."""
+    timeline = folder.read_json(folder.timeline) or {}
+    try:
+        phases = {str(name): float(s) for name, s in timeline["phases"].items()}
+        return phases, float(timeline["ready_s"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}, None
 
 
 def _silence(deployment: Deployment, now: float) -> float | None:

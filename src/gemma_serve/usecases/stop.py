@@ -7,21 +7,22 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gemma_serve.adapters.engine_orphans import EngineOrphan, find_orphans
 from gemma_serve.adapters.state import Deployment, DeploymentFolder
 from gemma_serve.engine.inbox import Inbox
-from gemma_serve.engine.ladder import GRACE_S
-from gemma_serve.engine.processes import identify, lives, send
+from gemma_serve.engine.ladder import GRACE_S, KILL_TIMEOUT_S, LINGER_S
+from gemma_serve.engine.processes import boot_id, lives, send
 from gemma_serve.errors import GemmaServeError, Problem, Stopped, UsageError
 from gemma_serve.planning.process_id import ProcessId
 from gemma_serve.usecases.deployments import Settled, find_deployment, settle, settle_all
 from gemma_serve.usecases.events import EngineStopped, OnEvent, Stopping, read_event
 from gemma_serve.usecases.run import read_run
+from gemma_serve.usecases.supervise import PROOF_TIMEOUT_S
 
 # A supervisor that is not done this long after its clock has run out hangs, or is halted.
-_PATIENCE_S = 8.0
+_PATIENCE_S = LINGER_S + KILL_TIMEOUT_S + PROOF_TIMEOUT_S + 3.0
 _TICK_S = 0.1
 
 
@@ -100,13 +101,27 @@ def stop(
         on_event(Stopping("asked to", drain_s + GRACE_S))
         at = _end_of(folder)
         send(supervisor, signal.SIGTERM)
+        send(supervisor, signal.SIGCONT)  # one that was halted hears it only then
         forced = _wait_for_end(supervisor, inbox, drain_s)
     settled = settle(found.deployment.name, environ)
     stopped = _how_it_stopped(folder, at)
     if stopped is not None:
         on_event(stopped)
+    if settled is not None and settled.running:
+        raise _still_there(found.deployment.name)
+    if settled is not None and settled.deployment.state != "stopped":
+        # It was ended as it was asked to, if not by its supervisor.
+        folder.save(replace(settled.deployment, state="stopped", problem=None))
     ended = () if settled is None else settled.ended
     return StopResult(found.deployment.name, stopped, ended, forced, time.monotonic() - begun)
+
+
+def _still_there(name: str) -> GemmaServeError:
+    return GemmaServeError(
+        f"the supervisor of {name} was killed, and something still holds the deployment",
+        code="stop.still_there",
+        hint=f"look at it with `gemma-serve status {name}`, and at `dmesg`",
+    )
 
 
 def _only_leftovers(found: Settled) -> StopResult:
@@ -122,8 +137,8 @@ def _only_leftovers(found: Settled) -> StopResult:
 
 def _supervisor_of(deployment: Deployment, folder: DeploymentFolder) -> ProcessId:
     supervisor = deployment.supervisor
-    if supervisor is None and (pid := folder.holder()) is not None:
-        supervisor = identify(pid)
+    if supervisor is None:
+        supervisor = folder.holder(boot_id())
     if supervisor is None:
         raise GemmaServeError(
             f"{deployment.name} runs, but its record is damaged and names no supervisor",
@@ -156,6 +171,7 @@ def _wait_for_end(supervisor: ProcessId, inbox: Inbox, drain_s: float) -> bool:
     """Wait for the supervisor; whether it had to be killed, so that its guard does the rest."""
     until = time.monotonic() + drain_s + GRACE_S + _PATIENCE_S
     forwarded = 0
+    forced = False
     while lives(supervisor):
         for _ in inbox.signals[forwarded:]:
             send(supervisor, signal.SIGTERM)
@@ -165,9 +181,9 @@ def _wait_for_end(supervisor: ProcessId, inbox: Inbox, drain_s: float) -> bool:
             raise Stopped(inbox.signals[-1])
         if time.monotonic() > until:
             send(supervisor, signal.SIGKILL)
-            return True
+            forced = True
         inbox.wait(_TICK_S)
-    return False
+    return forced
 
 
 def _end_of(folder: DeploymentFolder) -> int:

@@ -15,19 +15,19 @@ from gemma_serve.adapters.engine_caches import engine_caches_dir, set_aside
 from gemma_serve.adapters.gpu import read_gpus
 from gemma_serve.adapters.host import port_problem
 from gemma_serve.adapters.openai_api import EndpointError
-from gemma_serve.adapters.state import Deployment, DeploymentFolder
+from gemma_serve.adapters.state import Deployment, DeploymentFolder, all_deployments
 from gemma_serve.engine.death import explain_end, last_error
 from gemma_serve.engine.guarded import GuardedEngine, start_engine
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.engine.ladder import GRACE_S
 from gemma_serve.engine.log import LogReader
-from gemma_serve.engine.processes import boot_id, identify
+from gemma_serve.engine.processes import boot_id, identify, lives
 from gemma_serve.engine.reports import Stopped as EngineEnded
 from gemma_serve.engine.restarts import RestartPolicy, Restarts
 from gemma_serve.engine.shared_files import make_temporary_folder
 from gemma_serve.engine.timeline import SILENCE_S, Timeline
 from gemma_serve.engine.watch import Health
-from gemma_serve.errors import EngineFailed, Problem, Stopped, UsageError
+from gemma_serve.errors import EXIT_ENGINE, EXIT_USAGE, EngineFailed, Problem, Stopped, UsageError
 from gemma_serve.planning.engine_caches import compiled_folders
 from gemma_serve.planning.launch import engine_environment
 from gemma_serve.usecases.events import (
@@ -48,7 +48,7 @@ from gemma_serve.usecases.events import (
 )
 from gemma_serve.usecases.journal import Journal
 from gemma_serve.usecases.readiness import HealthWatch, answer_first
-from gemma_serve.usecases.run import Run
+from gemma_serve.usecases.run import Run, read_run
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ _FOLLOW_S = 1.0
 # As often in a row a probe must fail before an engine that may be restarted is.
 _MISSES_UNTIL_RESTART = 3
 # Giving back tens of GB takes a driver seconds.
-_PROOF_TIMEOUT_S = 5.0
+PROOF_TIMEOUT_S = 5.0
 # What other programs may take of a GPU in the meantime without being taken for a remainder.
 _GPU_TOLERANCE_BYTES = 64 * 2**20
 _LAST_LINES = 5000
@@ -136,7 +136,6 @@ class Supervisor:
         self._timeline = Timeline(self._begun)
         self.ready_s = None
         self._listening.clear()
-        self._log = LogReader(self._folder.log)
         self._journal.set(
             "starting", temporary_folder=temporary, phase=self._timeline.phase,
             phase_began_at=time.time(), problem=None,
@@ -151,6 +150,8 @@ class Supervisor:
             keep_open=self._keep_open,
             on_news=self.inbox.wake,
         )
+        # Not before: the guard has moved an earlier engine's log out of the way by now.
+        self._log = LogReader(self._folder.log)
         self._journal.set_family(self._engine.family)
         assert self._engine.leader is not None
         self._tell(EngineStarted(self._engine.leader.pid, self._folder.log))
@@ -169,7 +170,7 @@ class Supervisor:
     def _set_stale_caches_aside(self) -> None:
         """A cache whose last engine died while it compiled may be half-written."""
         suspect = self._folder.read_json(self._folder.suspect)
-        if suspect is None:
+        if suspect is None or self._others_run():
             return
         folders = [Path(str(folder)) for folder in suspect.get("folders", ())]
         root = engine_caches_dir(self.run.cache_dir, self._environ)
@@ -180,6 +181,18 @@ class Supervisor:
             where = ", ".join(map(str, moved))
             message = f"the last start ended while it compiled, so its cache was set aside: {where}"
             self._tell(Noticed(Problem("engine.cache_set_aside", message, "", blocking=False)))
+
+    def _others_run(self) -> bool:
+        """Whether another engine of ours may be using the caches."""
+        others = (one for one in all_deployments(self._environ) if one.name != self.run.name)
+        living = (one for one in others if one.supervisor is not None and lives(one.supervisor))
+        return any(self._root_of(DeploymentFolder(one.folder)) == _root(self.run) for one in living)
+
+    def _root_of(self, folder: DeploymentFolder) -> str | None:
+        try:
+            return _root(read_run(folder.read_json(folder.run) or {}))
+        except (TypeError, KeyError):
+            return None
 
     def wait_until_ready(self) -> None:
         """Wait for the first token.
@@ -192,6 +205,7 @@ class Supervisor:
         try:
             self.during(lambda: self._answer(cancelled))
         except EndpointError as error:
+            self.look_once_more()
             raise EngineFailed(
                 f"the engine started but generates nothing: {error}",
                 code="engine.no_token",
@@ -258,6 +272,7 @@ class Supervisor:
         try:
             while True:
                 self._look()
+                self._journal.mend()
                 while self._health:
                     self._heed(self._health.popleft())
                 self.inbox.wait(_TICK_S * 5)
@@ -437,7 +452,8 @@ class Supervisor:
             self._journal.set("stopped", problem=None)
         else:
             self._journal.set("failed", problem=failure)
-            self._tell_if_possible(Failed(failure))
+            code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_ENGINE
+            self._tell_if_possible(Failed(failure, code))
         if left:
             raise EngineFailed(failure.message, code=failure.code, hint=failure.hint) from None  # type: ignore[union-attr]
 
@@ -475,12 +491,13 @@ class Supervisor:
         )
         self._log.close()
         self._tell_if_possible(self._proof(ended))
-        self._journal.set(guard=None, leader=None, members=(), shared_files=())
+        if not ended.descent.left:
+            self._journal.set(guard=None, leader=None, members=(), shared_files=())
         return ended.descent.left
 
     def _proof(self, ended: EngineEnded) -> EngineStopped:
         """What is found when the processes are gone: the port, and the GPUs' memory."""
-        until = time.monotonic() + _PROOF_TIMEOUT_S
+        until = time.monotonic() + PROOF_TIMEOUT_S
         while True:
             port_is_free = port_problem(self.run.host, self.run.port) is None
             held = _still_held(self._gpu_before, _gpu_used_bytes(self.run.gpus))
@@ -509,6 +526,10 @@ class Supervisor:
         """Whatever is wrong with telling (the reader may be gone), the engine is stopped."""
         with suppress(Exception):
             self._journal.tell(event)
+
+
+def _root(run: Run) -> str | None:
+    return run.environment.get("VLLM_CACHE_ROOT")
 
 
 def _unhealthy(reason: str) -> Problem:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_serve.adapters.state import deployment_folder
+from gemma_serve.adapters.state import Lock, deployment_folder, port_lock_path
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.planning.smoke import Answers, SmokeReport
-from gemma_serve.usecases.deployments import claim
+from gemma_serve.usecases.deployments import claim, hold
 from gemma_serve.usecases.events import OnEvent, PhaseBegan
 from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.run import Run, run_of, write_run
@@ -37,10 +37,14 @@ class UpResult:
 
 @dataclass(frozen=True)
 class UpOptions:
-    """What `up` does beyond starting: test the endpoint, and stop after that."""
+    """What `up` does beyond starting: test the endpoint, and stop after that.
+
+    `force` is only kept, so that a restart overrides the same checks.
+    """
 
     smoke_test: bool = False
     once: bool = False
+    force: bool = False
 
 
 def up(
@@ -64,7 +68,7 @@ def up(
         Stopped: SIGINT, SIGTERM or SIGHUP came.
         GemmaServeError: a deployment of that name runs, or another has the port.
     """
-    run = run_of(plan, detached=False)
+    run = run_of(plan, detached=False, force=options.force)
     with claim(run.name, run.port, environ) as locks, Inbox() as inbox:
         folder = deployment_folder(run.name, environ)
         folder.begin()
@@ -78,7 +82,10 @@ def up(
             keep_open=locks,
             on_event=on_event,
         )
-        return _supervise(supervisor, options, plan.known_answers, api_key, folder.log)
+        try:
+            return _supervise(supervisor, options, plan.known_answers, api_key, folder.log)
+        finally:
+            Lock(locks[1], port_lock_path(run.port, environ)).remove()
 
 
 def _supervise(
@@ -142,6 +149,7 @@ def supervise(
         Stopped: `stop`, or a signal.
     """
     folder = deployment_folder(run.name, environ)
+    hold(run.name, Lock(keep_open[0]), environ)
     with Inbox() as inbox:
         supervisor = Supervisor(
             run,
@@ -152,4 +160,7 @@ def supervise(
             keep_open=keep_open,
             on_event=on_event,
         )
-        _supervise(supervisor, UpOptions(), None, api_key, folder.log)
+        try:
+            _supervise(supervisor, UpOptions(), None, api_key, folder.log)
+        finally:
+            Lock(keep_open[1], port_lock_path(run.port, environ)).remove()

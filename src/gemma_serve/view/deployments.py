@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gemma_serve.adapters.engine_orphans import EngineOrphan
 from gemma_serve.adapters.state import Deployment
 from gemma_serve.errors import Problem
-from gemma_serve.planning.sizes import gib
 from gemma_serve.usecases.deployments import Settled
 from gemma_serve.usecases.status import DeploymentStatus, Load
+from gemma_serve.view.orphans import orphan_data, orphan_problem
 from gemma_serve.view.up import silence_text
 
 if TYPE_CHECKING:
@@ -69,17 +68,6 @@ def _load_data(load: Load) -> dict[str, Any]:
         "kv_cache_usage": round(metrics.kv_cache_usage, 4),
         "tokens_per_s": round(load.tokens_per_s, 1),
         "prefix_cache_hit_rate": metrics.prefix_cache_hit_rate,
-    }
-
-
-def orphan_data(orphan: EngineOrphan) -> dict[str, Any]:
-    """One engine that nobody looks after."""
-    return {
-        "pid": orphan.pid,
-        "title": orphan.title,
-        "user": orphan.user,
-        "memory_bytes": orphan.memory_bytes,
-        "gpu_bytes": orphan.gpu_bytes,
     }
 
 
@@ -157,18 +145,6 @@ def ended_problem(name: str, pids: Sequence[int]) -> Problem:
     return Problem(
         "deployment.leftovers_ended",
         f"{name} was left without a supervisor, and its processes were ended: {listed}",
-        blocking=False,
-    )
-
-
-def orphan_problem(orphan: EngineOrphan) -> Problem:
-    """An engine without a server, what it holds, and the way to end it."""
-    on_gpu = "" if orphan.gpu_bytes is None else f"{gib(orphan.gpu_bytes)} of GPU memory and "
-    return Problem(
-        "engine.orphan",
-        f"{orphan.title} (pid {orphan.pid}) of {orphan.user} has no server any more and holds "
-        f"{on_gpu}{gib(orphan.memory_bytes)} of main memory",
-        f"`gemma-serve stop --orphans` ends it if it is ours, else `kill -9 {orphan.pid}` does",
         blocking=False,
     )
 

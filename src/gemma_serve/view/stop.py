@@ -8,7 +8,8 @@ from typing import Any
 from gemma_serve.errors import Problem
 from gemma_serve.usecases.events import EngineStopped, Event
 from gemma_serve.usecases.stop import OrphansResult, StopResult
-from gemma_serve.view.deployments import ended_problem, orphan_data, orphan_problem
+from gemma_serve.view.deployments import ended_problem
+from gemma_serve.view.orphans import orphan_data, orphan_problem
 from gemma_serve.view.output import Output
 from gemma_serve.view.up import stopped_text
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from gemma_serve.adapters.engine_orphans import EngineOrphan
 from gemma_serve.errors import Problem
 from gemma_serve.planning.smoke import CheckResult, SmokeReport
 from gemma_serve.usecases.check import CheckReport
@@ -32,6 +33,7 @@ from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.stop import stop_problems
 from gemma_serve.usecases.up import UpResult
 from gemma_serve.view.download import DownloadView
+from gemma_serve.view.orphans import orphan_problem
 from gemma_serve.view.output import Output, err_console
 from gemma_serve.view.smoke import check_data, check_view, smoke_data, smoke_problems, verdict_line
 
@@ -47,6 +49,7 @@ class UpView:
         self._output = Output(as_json=as_json)
         self._download = DownloadView(self._output)
         self._problems: tuple[Problem, ...] = ()
+        self._orphans: tuple[Problem, ...] = ()
         self._status: Status | None = None
         self._key_source: str | None = None
 
@@ -141,7 +144,7 @@ class UpView:
         """The last line for a program; a person has seen it all."""
         if self._output.as_json:
             broken = () if result.smoke is None else smoke_problems(result.smoke)
-            problems = (*self._problems, *broken)
+            problems = (*self._orphans, *self._problems, *broken)
             self._output.result(
                 self._command, ok=result.ok, data=result_data(result), problems=problems
             )
@@ -155,6 +158,13 @@ class UpView:
         self._output.note(
             f"{name} runs in the background: gemma-serve status {name}, logs -f {name}, stop {name}"
         )
+
+    def orphans(self, orphans: Sequence[EngineOrphan]) -> None:
+        """Engines that nobody looks after: they may hold the memory that is wanted."""
+        found = tuple(orphan_problem(orphan) for orphan in orphans)
+        self._orphans = found
+        if not self._output.as_json:
+            self._output.problems(found)
 
     def ended_leftovers(self, name: str, pids: Sequence[int]) -> None:
         """Processes that a killed supervisor had left, and that were ended for this start."""

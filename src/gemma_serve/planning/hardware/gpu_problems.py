@@ -151,7 +151,10 @@ def _way_out(gpu: Gpu, advice: float | None) -> str:
     orphans = [p for p in gpu.processes if p.orphan]
     if orphans:
         pids = " ".join(str(p.pid) for p in orphans)
-        first = f"a vLLM engine outlived its server and will never let go: run `kill -9 {pids}`"
+        first = (
+            "a vLLM engine outlived its server and will never let go: `gemma-serve stop --orphans` "
+            f"ends it if it is ours, else `kill -9 {pids}` does"
+        )
     elif any(_is_engine(p) for p in gpu.processes):
         first = "stop the vLLM server that runs there, choose another GPU with `--gpus`"
     elif gpu.processes:

@@ -1,0 +1,20 @@
+"""Whatever is done to a deployment, nothing of it is left, and the next `up` works."""
+
+import pytest
+
+from faults import FAULTS, PROMISED_S, measure
+
+HERE = [fault for fault in FAULTS if not fault.stops]
+
+
+def check(fault):
+    if not fault.possible():
+        pytest.skip("this machine does not permit it")
+    outcome = measure(fault)
+    assert outcome == fault.expected
+    assert outcome.seconds < PROMISED_S
+
+
+@pytest.mark.parametrize("fault", HERE, ids=lambda fault: fault.name)
+def test_after_a_fault_nothing_is_left_and_the_next_up_works(fault):
+    check(fault)
