@@ -52,13 +52,22 @@ def _is_ours(process: psutil.Process, state: Path) -> bool:
 
 def one_round(up: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
     """Up in the background, smoke test, stop; the seconds of each. Raises CalledProcessError."""
-    seconds = {}
+    seconds: dict[str, float] = {}
+    try:
+        _run_all(up, environment, seconds)
+    except subprocess.CalledProcessError as error:
+        print(error.stdout.decode(), error.stderr.decode(), file=sys.stderr)
+        subprocess.run([*GEMMA_SERVE, "stop"], env=environment, check=False)
+        raise
+    return seconds
+
+
+def _run_all(up: Sequence[str], environment: dict[str, str], seconds: dict[str, float]) -> None:
     for name, command in (("up", ["up", "--detach", *up]), ("test", ["smoke-test"]),
                           ("stop", ["stop"])):  # fmt: skip
         begun = time.monotonic()
         subprocess.run([*GEMMA_SERVE, *command], env=environment, check=True, capture_output=True)
         seconds[name] = time.monotonic() - begun
-    return seconds
 
 
 def main() -> int:

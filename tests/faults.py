@@ -210,7 +210,7 @@ SIGNALS = [
     _at("supervisor", INT, "ready", 130, "stopped", None),
     _at("supervisor", KILL, "mid-stream", 0, "failed", _KILLED, detach=True, lost=1),
     _at("supervisor", TERM, "mid-stream", 143, "stopped", None, lost=1),
-    _at("supervisor", KILL, "draining", -9, "failed", _KILLED),
+    _at("supervisor", KILL, "draining", -9, "failed", _KILLED, lost=1),
     _at("supervisor", INT, "draining", 143, "stopped", None, lost=1),
     _at("supervisor", KILL, "stopping", -9, "failed", _KILLED),
     # the guard
@@ -330,8 +330,8 @@ def _hangs_and_goes_on(stage: Stage) -> Harm:
     _unhealthy(stage)
     hang.unlink()
     stage.wait_for_state("ready")
-    changes = [event["ok"] for event in stage.events("health_changed")]
-    assert changes == [False, True]
+    eventually(lambda: len(stage.events("health_changed")) == 2, "both changes are told")
+    assert [event["ok"] for event in stage.events("health_changed")] == [False, True]
     return _stop_after(stage, up)
 
 
@@ -506,8 +506,8 @@ def _damage(stage: Stage) -> None:
 def _damaged_while_running(stage: Stage) -> Harm:
     up = _bring(stage, "ready", detach=False)
     _damage(stage)
-    said = stage.run("status")
-    assert (said.code, said.data["state"]) == (1, "unreadable"), said
+    # The supervisor writes it anew; until then it is called unreadable.
+    eventually(lambda: stage.run("status").data["state"] == "ready", "the record is whole again")
     return _stop_after(stage, up)
 
 
@@ -519,7 +519,8 @@ def _damaged_afterwards(stage: Stage) -> Harm:
 
 def _state_removed(stage: Stage) -> Harm:
     up = _bring(stage, "ready", detach=False)
-    shutil.rmtree(stage.state)
+    stage.state.rename(stage.folder / "gone")  # at once, whatever is being written
+    shutil.rmtree(stage.folder / "gone")
     assert not stage.stream(20).lost
     at = time.monotonic()
     up.send_signal(TERM)
@@ -653,9 +654,9 @@ OTHERS = [
           flags=("--phase-timeout", "weights=1"), faults={"hold_in_phase": "weights"}),
     _does("core-halted", "SIGSTOP, then SIGCONT to the core, ready: unhealthy, ready again; `stop`",
           _halted_core, 143, "stopped", flags=_QUICK),
-    _does("supervisor-halted", "SIGSTOP to the supervisor, ready, then `stop`, which kills it",
-          _halted_supervisor, 0, "failed", _KILLED, stops=True),
-    _does("guard-halted", "SIGSTOP to the guard, ready, then `stop`: the supervisor kills it",
+    _does("supervisor-halted", "SIGSTOP to the supervisor, ready, then `stop`, which wakes it",
+          _halted_supervisor, 0, "stopped", stops=True),
+    _does("guard-halted", "SIGSTOP to the guard, ready, then `stop`: the supervisor wakes it",
           _halted_guard, 0, "stopped", stops=True),
     _does("never-generates", "/health says 200 and no token ever comes, first-token limit 1 s",
           _never_generates, 3, "failed", "engine.phase_timeout",
@@ -694,7 +695,7 @@ OTHERS = [
     _does("record-damaged-later", "deployment.json is damaged after the end", _damaged_afterwards,
           0, "unreadable"),
     _does("state-removed", "the state folder is removed while it serves; SIGTERM", _state_removed,
-          143, "unknown"),
+          143, "stopped"),
     _does("clock-set-back", "all times in the record are in the future; `stop`", _clock_set_back,
           143, "stopped"),
     _does("terminal-closed", "the terminal is closed (SIGHUP)", _terminal_closed, 129, "stopped"),
@@ -719,3 +720,30 @@ STOPS = [
 ]  # fmt: skip
 
 FAULTS: tuple[Fault, ...] = (*SIGNALS, *OTHERS, *STOPS)
+
+# The suite has one of each kind; `scripts/measure_faults.py` does these too.
+ONLY_MEASURED = frozenset(
+    {
+        "sigkill-leader-imports-foreground",
+        "sigkill-leader-configuration-detached",
+        "sigterm-leader-weights-foreground",
+        "sigint-leader-ready-foreground",
+        "sigkill-leader-stopping-foreground",
+        "sigkill-core-weights-detached",
+        "sigkill-core-compilation-foreground",
+        "sigterm-core-ready-detached",
+        "sigkill-core-mid-stream-foreground",
+        "sigterm-supervisor-compilation-foreground",
+        "sigint-supervisor-weights-foreground",
+        "sigterm-supervisor-ready-detached",
+        "sigkill-supervisor-ready-foreground",
+        "both-killed-weights-foreground",
+        "dies-too-often",
+        "disk-full-before",
+        "only-errors",
+        "core-halted",
+        "stop",
+        "stop-grandchild",
+    }
+)
+assert {fault.name for fault in FAULTS} >= ONLY_MEASURED

@@ -2,9 +2,9 @@
 
 import pytest
 
-from faults import FAULTS, PROMISED_S, measure
+from faults import FAULTS, ONLY_MEASURED, PROMISED_S, measure
 
-HERE = [fault for fault in FAULTS if not fault.stops]
+HERE = [fault for fault in FAULTS if not fault.stops and fault.name not in ONLY_MEASURED]
 
 
 def check(fault):

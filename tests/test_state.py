@@ -132,7 +132,7 @@ def test_files_are_for_their_owner_only(environ):
         deployment_folder("demo", environ).add_event({"event": "ready"})
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert modes == dict.fromkeys(
-        ("deployment.json", "engine.log", "events.jsonl", "lock"), 0o600
+        ("deployment.json", "engine.log", "events.jsonl", "lock", "supervisor.log"), 0o600
     )  # fmt: skip
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
@@ -146,6 +146,7 @@ def test_the_last_log_and_events_are_kept_beside_the_new_ones(environ):
     found = {path.name: path.read_text() for path in folder.path.iterdir()}
     assert found == {
         "engine.log": "", "engine.log.1": "old", "events.jsonl": "", "events.jsonl.1": "{}\n",
+        "supervisor.log": "",
     }  # fmt: skip
 
 

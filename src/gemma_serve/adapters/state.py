@@ -32,7 +32,8 @@ class Deployment:
 
     Times are seconds since 1970, for people; processes are named by `ProcessId`, which no change
     of the clock touches, and hold for the boot `boot_id` only. `needs_key` and `api_key_file` say
-    how clients prove themselves; the key itself is never written. `phase_began_at` belongs to
+    how clients prove themselves; the key itself is never written. `last_death` is why it was last
+    started again, if it was. `phase_began_at` belongs to
     `phase`, the last one of the start.
     """
 
@@ -60,6 +61,7 @@ class Deployment:
     ready_at: float | None = None
     restart: str = "no"
     restarts: int = 0
+    last_death: str = ""
     needs_key: bool = False
     api_key_file: Path | None = None
     problem: Problem | None = None

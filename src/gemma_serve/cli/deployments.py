@@ -13,6 +13,12 @@ from gemma_serve.errors import EXIT_NO, EXIT_OK, UsageError
 
 def one_name(argument: str | None, option: str | None) -> str | None:
     """The name, however it was given. Raises UsageError for two that differ."""
+    if "" in (argument, option):
+        raise UsageError(
+            "the name of the deployment is empty",
+            code="usage",
+            hint="`gemma-serve list` shows the names; without one, the only one that runs is meant",
+        )
     if argument is not None and option is not None and argument != option:
         raise UsageError(
             f"two names were given, {argument} and {option}",
@@ -126,7 +132,14 @@ def stop(
     return EXIT_NO if any(problem.blocking for problem in result.problems) else EXIT_OK
 
 
-def restart(name: DeploymentName = None, named: NameOption = None, as_json: AsJson = False) -> int:
+def restart(
+    name: DeploymentName = None,
+    named: NameOption = None,
+    port: Annotated[
+        str | None, typer.Option("--port", metavar="PORT", help="Listen on another port from now.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
     """Stop a deployment if it runs, and start it in the background with the same settings."""
     from gemma_serve.cli.up import start_detached
     from gemma_serve.usecases.plan import make_plan
@@ -142,6 +155,8 @@ def restart(name: DeploymentName = None, named: NameOption = None, as_json: AsJs
 
     run, running = read_last_run(one_name(name, named), os.environ)
     flags, environ = settings_as_flags(run), environment_without_settings(os.environ)
+    if port is not None:
+        flags["port"] = port
     refuse_what_would_fail(make_plan(flags, environ=environ, force=run.force))
     if running:
         end(

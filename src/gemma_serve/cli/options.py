@@ -32,7 +32,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 DeploymentName = Annotated[
     str | None,
     typer.Argument(
-        metavar="[NAME]", help="The deployment; by default the only one.", show_default=False
+        metavar="[NAME]",
+        help="The deployment; by default the only one that runs.",
+        show_default=False,
     ),
 ]
 NameOption = Annotated[

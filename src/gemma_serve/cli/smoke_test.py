@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_serve.cli.options import AsJson, DeploymentName
+from gemma_serve.cli.options import AsJson, DeploymentName, NameOption
 
 if TYPE_CHECKING:
     from gemma_serve.adapters.state import Deployment
@@ -43,6 +43,7 @@ Timeout = Annotated[
 
 def smoke_test(
     name: DeploymentName = None,
+    named: NameOption = None,
     url: Url = None,
     model: ServedModel = None,
     api_key_file: ApiKeyFile = None,
@@ -55,7 +56,8 @@ def smoke_test(
     """
     from gemma_serve.adapters.endpoint_url import endpoint_url
     from gemma_serve.adapters.settings import API_KEY_VARIABLE, read_api_key
-    from gemma_serve.errors import EXIT_NO, EXIT_OK
+    from gemma_serve.cli.deployments import one_name
+    from gemma_serve.errors import EXIT_NO, EXIT_OK, UsageError
     from gemma_serve.usecases.smoke import run_smoke
     from gemma_serve.view.output import Output
     from gemma_serve.view.smoke import (
@@ -66,6 +68,15 @@ def smoke_test(
         verdict_line,
     )
 
+    name = one_name(name, named)
+    if name is not None and url is not None:
+        if url != os.environ.get("GEMMA_SERVE_URL"):
+            raise UsageError(
+                "a deployment and --url were both given",
+                code="usage",
+                hint="leave one of the two out",
+            )
+        url = None
     if url is None:
         found = _only_deployment(name)
         url, model = found.url, model or found.served_model_name
@@ -96,13 +107,15 @@ def _only_deployment(name: str | None) -> Deployment:
         raise GemmaServeError(
             f"{deployment.name} is not running, it is {deployment.state}",
             code="smoke.no_deployment",
-            hint="start one with `gemma-serve up`, or name an endpoint with --url",
+            hint=f"start it with `gemma-serve restart {deployment.name}`, or name an endpoint "
+            "with --url",
         )
     if deployment.state not in ("ready", "unhealthy"):
         is_still = "still starting" if deployment.state == "starting" else deployment.state
         raise GemmaServeError(
             f"{deployment.name} is {is_still}",
             code="smoke.starting",
-            hint="wait until `up` says ready; or let it test by itself: `up --smoke-test`",
+            hint=f"wait until `gemma-serve status {deployment.name}` says ready; or let it test "
+            "by itself: `up --smoke-test`",
         )
     return deployment

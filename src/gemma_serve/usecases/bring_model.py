@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gemma_serve.adapters.host import port_problem
 from gemma_serve.errors import GemmaServeError
 from gemma_serve.planning.smoke import DEMO_MODEL
-from gemma_serve.usecases.check import CheckReport
+from gemma_serve.usecases.check import CheckReport, find_port_problem
 from gemma_serve.usecases.download import DownloadRequest, download
 from gemma_serve.usecases.events import Noticed, OnEvent
 from gemma_serve.usecases.plan import ServePlan
@@ -36,7 +35,7 @@ def bring_model(
         return plan
     plan = make_plan()
     # Downloads take hours, and others take ports.
-    port = port_problem(plan.config.host, plan.config.port)
+    port = find_port_problem(plan.config)
     problems = (*plan.problems, *([port] if port else []))
     blocking = [problem for problem in problems if problem.blocking]
     if blocking:

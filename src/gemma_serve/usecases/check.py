@@ -9,6 +9,8 @@ from typing import Literal
 from gemma_serve.adapters import host
 from gemma_serve.adapters.checksums import read_manifest
 from gemma_serve.adapters.secrets import without_secrets
+from gemma_serve.adapters.state import all_deployments
+from gemma_serve.engine.processes import lives
 from gemma_serve.errors import Problem
 from gemma_serve.planning.config import ServeConfig
 from gemma_serve.usecases.access import AccessReport, check_access
@@ -72,7 +74,7 @@ def check(plan: ServePlan) -> CheckReport:
     """Check all that `up` needs beyond its plan: the files or the way to them, room, the port."""
     here = _local_files(plan.config)
     access = _access(plan, here)
-    port = host.port_problem(plan.config.host, plan.config.port)
+    port = find_port_problem(plan.config)
     asked = () if access is None else access.problems
     # What the facts were asked for in vain is what the download would fail of, and that nobody
     # knows the size follows from it.
@@ -112,6 +114,20 @@ def _tokenizer_problem(
     if not names or "tokenizer" in plan.config.engine_args:
         return None
     return tokenizer_problem(model, names)
+
+
+def find_port_problem(config: ServeConfig) -> Problem | None:
+    """Why nobody can listen where `config` says; a deployment of ours is called by its name."""
+    problem = host.port_problem(config.host, config.port)
+    if problem is None or problem.code != "port.in_use":
+        return problem
+    for one in all_deployments():
+        here = one.url.endswith(f":{config.port}")
+        if here and one.supervisor is not None and lives(one.supervisor):
+            message = f"port {config.port} on {config.host} is taken by the deployment {one.name}"
+            hint = f"stop it with `gemma-serve stop {one.name}`, or take another port: --port 0"
+            return replace(problem, message=message, hint=hint)
+    return problem
 
 
 def _can_be_asked(access: AccessReport | None) -> bool:

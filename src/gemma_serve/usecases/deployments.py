@@ -250,6 +250,12 @@ def refuse_if_running(name: str, environ: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def _running(name: str, state: str) -> GemmaServeError:
+    if state == "stopping":
+        return GemmaServeError(
+            f"{name} is being stopped",
+            code="deployment.running",
+            hint=f"wait until `gemma-serve status {name}` says stopped",
+        )
     return GemmaServeError(
         f"{name} is already there, and is {state}",
         code="deployment.running",

@@ -139,6 +139,12 @@ def _follow(
         inbox.wait(_TICK_S)
     if inbox.signals:
         raise Stopped(inbox.signals[0])
+    if failed is None and (deployment := folder.load()) and deployment.state == "stopped":
+        raise GemmaServeError(
+            f"{deployment.name} was stopped while it was starting",
+            code="deployment.stopped",
+            hint=f"start it again: gemma-serve restart {deployment.name}",
+        )
     raise _failure(failed, child, folder)
 
 

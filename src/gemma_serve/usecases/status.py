@@ -15,6 +15,7 @@ from gemma_serve.usecases.deployments import Settled, find_deployment, settle_al
 
 # Between the two readings of the counters that a rate is made of.
 _RATE_OVER_S = 1.0
+_ANSWERS = ("ready", "unhealthy")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_status(name: str | None, environ: Mapping[str, str]) -> DeploymentStatu
     deployment = settled.deployment
     folder = DeploymentFolder(deployment.folder)
     now = time.time()
-    starting = settled.running and deployment.state in ("starting", "restarting")
+    starting = settled.running and deployment.state == "starting"
     phases, ready_s = _last_start(folder)
     return DeploymentStatus(
         deployment=deployment,
@@ -69,7 +70,7 @@ def read_status(name: str | None, environ: Mapping[str, str]) -> DeploymentStatu
         last_phases_s=phases,
         last_ready_s=ready_s,
         silent_s=_silence(deployment, now) if starting else None,
-        load=_load(deployment) if settled.running and not starting else None,
+        load=_load(deployment) if settled.running and deployment.state in _ANSWERS else None,
         orphans=find_orphans(),
     )
 

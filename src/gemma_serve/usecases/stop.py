@@ -88,6 +88,12 @@ def stop(
         GemmaServeError: nothing of that name runs.
         UsageError: it can't drain that long.
     """
+    if name is None and not any(one.running or one.ended for one in settle_all(environ)):
+        raise GemmaServeError(
+            "no deployment is running",
+            code="deployment.not_running",
+            hint="`gemma-serve list` shows what there is",
+        )
     found = find_deployment(name, environ)
     if not found.running:
         return _only_leftovers(found)

@@ -137,8 +137,8 @@ class Supervisor:
         self.ready_s = None
         self._listening.clear()
         self._journal.set(
-            "starting", temporary_folder=temporary, phase=self._timeline.phase,
-            phase_began_at=time.time(), problem=None,
+            "starting", started_at=time.time(), temporary_folder=temporary,
+            phase=self._timeline.phase, phase_began_at=time.time(), problem=None,
         )  # fmt: skip
         self._engine = start_engine(
             self.run.argv,
@@ -312,7 +312,9 @@ class Supervisor:
             ) from None
         self._stop_engine(gently=False, drain_s=0.0)
         restarts = self._journal.deployment.restarts + 1
-        self._journal.set("restarting", restarts=restarts, problem=error.problems[0])
+        self._journal.set(
+            "restarting", restarts=restarts, last_death=str(error), problem=error.problems[0]
+        )
         self._tell(Restarting(pause_s, self._restarts.count))
         self.inbox.wait_until(lambda: bool(self.inbox.signals), timeout_s=pause_s, tick_s=_TICK_S)
         self._raise_if_asked()

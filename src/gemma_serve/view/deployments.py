@@ -22,6 +22,7 @@ def status_data(status: DeploymentStatus) -> dict[str, Any]:
     return {
         **deployment_data(status.deployment),
         "running": status.running,
+        "supervisor_pid": _supervisor_pid(status),
         "phase": status.deployment.phase if status.phase_s is not None else None,
         "phase_s": _rounded(status.phase_s),
         "last_phases_s": dict(status.last_phases_s),
@@ -50,8 +51,8 @@ def deployment_data(deployment: Deployment) -> dict[str, Any]:
         "detached": deployment.detached,
         "restart": deployment.restart,
         "restarts": deployment.restarts,
+        "last_death": deployment.last_death or None,
         "pid": None if deployment.leader is None else deployment.leader.pid,
-        "supervisor_pid": None if deployment.supervisor is None else deployment.supervisor.pid,
         "log": str(deployment.log),
         "events": str(deployment.events),
         "cause": None
@@ -71,6 +72,11 @@ def _load_data(load: Load) -> dict[str, Any]:
     }
 
 
+def _supervisor_pid(status: DeploymentStatus) -> int | None:
+    supervisor = status.deployment.supervisor
+    return supervisor.pid if status.running and supervisor is not None else None
+
+
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)
 
@@ -79,7 +85,7 @@ def status_text(status: DeploymentStatus) -> str:
     """One deployment for a person, a line for each thing that matters now."""
     deployment = status.deployment
     lines = [f"{deployment.name}: {_state_line(status)}"]
-    if deployment.url:
+    if deployment.url and status.running:
         lines.append(f"  {deployment.served_model_name} at {deployment.url}/v1")
     if status.load is not None:
         lines.append(f"  {_load_line(status.load)}")
@@ -89,10 +95,12 @@ def status_text(status: DeploymentStatus) -> str:
         took = ", ".join(f"{name} {s:.1f} s" for name, s in status.last_phases_s.items())
         lines.append(f"  last time: {took}")
     if deployment.restarts:
-        lines.append(f"  restarted {deployment.restarts} times")
+        times = "once" if deployment.restarts == 1 else f"{deployment.restarts} times"
+        lines.append(f"  restarted {times}, the last time since {deployment.last_death}")
     if deployment.engine:
         where = f" on {len(deployment.gpus)} GPU" if deployment.gpus else ""
-        lines.append(f"  {deployment.engine}{where}, its log {deployment.log}")
+        pid = "" if deployment.leader is None else f", pid {deployment.leader.pid}"
+        lines.append(f"  {deployment.engine}{where}{pid}, its log {deployment.log}")
     return "\n".join(lines)
 
 

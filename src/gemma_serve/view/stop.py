@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gemma_serve.errors import Problem
-from gemma_serve.usecases.events import EngineStopped, Event
+from gemma_serve.usecases.events import EngineStopped, Event, Stopping
 from gemma_serve.usecases.stop import OrphansResult, StopResult
 from gemma_serve.view.deployments import ended_problem
 from gemma_serve.view.orphans import orphan_data, orphan_problem
@@ -24,8 +24,8 @@ class StopView:
         """Show one event."""
         if isinstance(event, EngineStopped):
             self._output.note(stopped_text(event))
-        else:
-            self._output.note("stopping the engine (Ctrl-C to hurry)")
+        elif isinstance(event, Stopping):
+            self._output.note(f"stopping the engine (up to {event.grace_s:.0f} s; Ctrl-C to hurry)")
 
     def result(self, result: StopResult) -> None:
         """The answer."""

@@ -229,7 +229,7 @@ def silence_text(silent_s: float, phase: str) -> str:
 
 
 _STEPS = {
-    "drain": "SIGTERM and drain",
+    "drain": "SIGTERM and the requests in flight",
     "terminate": "SIGTERM",
     "kill": "SIGKILL",
     "clean": "clean up",
