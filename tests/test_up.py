@@ -446,3 +446,31 @@ def test_a_key_reaches_a_detached_engine_and_no_file(up, environ, ask):
     files = [path for path in state.rglob("*") if path.is_file()]
     assert files
     assert not any(key in path.read_text() for path in files)
+
+
+def test_a_cache_that_a_start_died_over_is_set_aside_by_the_next(up, environ, tmp_path):
+    caches = tmp_path / "caches"
+    flags = ("--cache-dir", str(caches), "--once")
+    dies = up(*flags, compile=True, die_in_phase="compile", exit_code=1)
+    assert dies.exit_code() == 3
+    assert "the engine died during compilation" in text(dies.err)
+    (kept,) = [caches / key / "vllm" / "torch_compile_cache" for key in cache_keys(environ)]
+    kept.mkdir(parents=True)
+    (kept / "half-written").write_text("")
+    again = up(*flags, compile=True)
+    assert again.exit_code() == 0
+    assert "its cache was set aside" in text(again.err)
+    assert not kept.exists()
+    assert (kept.with_name("torch_compile_cache.set-aside") / "half-written").exists()
+    # That one came through its compilation, so the next start trusts what there is.
+    kept.mkdir()
+    third = up(*flags, compile=True)
+    assert third.exit_code() == 0
+    assert "set aside" not in text(third.err)
+    assert kept.exists()
+
+
+def cache_keys(environ):
+    """The names of the cache folders of the engine that was run last."""
+    run = json.loads(deployment_folder("demo", environ).run.read_text())
+    return {Path(run["environment"]["VLLM_CACHE_ROOT"]).parent.name}

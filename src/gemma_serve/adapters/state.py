@@ -69,12 +69,12 @@ class Deployment:
     @property
     def log(self) -> Path:
         """What the engine prints."""
-        return self.folder / "engine.log"
+        return DeploymentFolder(self.folder).log
 
     @property
     def events(self) -> Path:
         """What happened since the last `up`, as JSON lines."""
-        return self.folder / "events.jsonl"
+        return DeploymentFolder(self.folder).events
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gemma_serve.planning.process_id import ProcessId
 from gemma_serve.usecases.deployments import Settled, find_deployment, settle, settle_all
 from gemma_serve.usecases.events import EngineStopped, OnEvent, Stopping, read_event
 from gemma_serve.usecases.run import read_run
-from gemma_serve.usecases.supervise import PROOF_TIMEOUT_S
+from gemma_serve.usecases.supervise import PROOF_TIMEOUT_S, left_behind
 
 # A supervisor that is not done this long after its clock has run out hangs, or is halted.
 _PATIENCE_S = LINGER_S + KILL_TIMEOUT_S + PROOF_TIMEOUT_S + 3.0
@@ -49,14 +49,7 @@ def stop_problems(stopped: EngineStopped) -> tuple[Problem, ...]:
     """What an engine has left behind: processes, its port, memory of a GPU."""
     found = []
     if stopped.left:
-        pids = ", ".join(map(str, stopped.left))
-        found.append(
-            Problem(
-                "engine.left_behind",
-                f"these processes of the engine would not end: {pids}",
-                "they ignore SIGKILL, so the driver or a disk holds them; see `dmesg`",
-            )
-        )
+        found.append(left_behind(stopped.left))
     if stopped.gpu_bytes_held:
         held = f"{stopped.gpu_bytes_held / 2**30:.2f} GiB"
         found.append(

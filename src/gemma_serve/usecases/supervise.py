@@ -447,7 +447,7 @@ class Supervisor:
         )
         failure = error.problems[0] if isinstance(error, EngineFailed | UsageError) else None
         if left:
-            failure = _left_behind(left)
+            failure = left_behind(left)
         with suppress(OSError):
             self._folder.stop_request.unlink()
         if failure is None:
@@ -542,7 +542,8 @@ def _unhealthy(reason: str) -> Problem:
     )
 
 
-def _left_behind(pids: Sequence[int]) -> Problem:
+def left_behind(pids: Sequence[int]) -> Problem:
+    """That processes of an engine outlived SIGKILL."""
     return Problem(
         "engine.left_behind",
         f"these processes of the engine would not end: {', '.join(map(str, pids))}",
