@@ -102,7 +102,10 @@ def judge_fit(
         return FitReport(None, None, engine_version, rules.version, (), problems)
     knowledge = EngineKnowledge(rules, load_runtime_constants())
     wishes = wishes_of(config, facts)
-    problems += model_problems(facts, rules, table, engine_version)
+    of_model = model_problems(facts, rules, table, engine_version)
+    problems += of_model
+    # No setting and no GPU helps a model that this vLLM does not know.
+    look_for_more = look_for_more and not any(p.code == "model.engine_too_old" for p in of_model)
     if machine is None:
         found = other_gpus(facts, wishes, knowledge, load_gpu_cards()) if look_for_more else ()
         return FitReport(facts, None, engine_version, rules.version, found, problems)
