@@ -12,7 +12,8 @@ def check(fault):
         pytest.skip("this machine does not permit it")
     outcome = measure(fault)
     assert outcome == fault.expected
-    assert outcome.seconds < PROMISED_S
+    # The promise is for a machine that does nothing else; `measure_faults.py` holds it to that.
+    assert outcome.seconds < 4 * PROMISED_S
 
 
 @pytest.mark.parametrize("fault", HERE, ids=lambda fault: fault.name)
