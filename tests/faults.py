@@ -530,7 +530,7 @@ def _clock_set_back(stage: Stage) -> Harm:
     up = _bring(stage, "ready", detach=False)
     path = stage.deployment.path / "deployment.json"
     record = json.loads(path.read_text())
-    for name in ("changed_at", "started_at", "ready_at", "phase_began_at"):
+    for name in ("changed_at", "started_at", "phase_began_at"):
         record[name] += 86400
     path.write_text(json.dumps(record))
     tomorrow = time.time() + 86400
@@ -620,8 +620,19 @@ def _stop_with_stream(*args: str) -> Callable[[Stage], Harm]:
 
 def _stop_orphans(stage: Stage) -> Harm:
     harm = _both_killed("ready", detach=True)(stage)
+    leader = stage.record.leader
     said = heard(stage.start([*PROGRAM, "stop", "--orphans", "--json"]))
     assert said.code == 0, said
+    assert leader.pid in said.data["ended_pids"]["demo"]
+    return Harm(harm.at, exit=harm.exit)
+
+
+def _stop_what_is_left(stage: Stage) -> Harm:
+    harm = _both_killed("ready", detach=True)(stage)
+    leader = stage.record.leader
+    said = heard(stage.start([*PROGRAM, "stop", "--json"]))
+    assert said.code == 0, said
+    assert leader.pid in said.data["ended_pids"]
     return Harm(harm.at, exit=harm.exit)
 
 
@@ -645,6 +656,8 @@ OTHERS = [
     _both("weights", -9, detach=False),
     _both("ready", 0, detach=True),
     _does("orphans", "the same, and then `stop --orphans`", _stop_orphans, 0, "failed", _KILLED),
+    _does("left-stop", "the same, and then `stop` without a name", _stop_what_is_left, 0, "failed",
+          _KILLED),
     _does("leader-halted", "SIGSTOP to the leader, ready: it is unhealthy, then `stop`",
           _halted_leader, 0, "stopped", flags=(*_QUICK, "--restart", "no"), stops=True),
     _does("leader-halted-weights", "SIGSTOP to the leader, in weights, with a limit of 1 s",

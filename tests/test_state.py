@@ -11,14 +11,9 @@ from pathlib import Path
 import pytest
 
 from gemma_serve.adapters import host
+from gemma_serve.adapters.claims import claim_name, claim_port
 from gemma_serve.adapters.settings import find_api_key, key_file_warnings
-from gemma_serve.adapters.state import (
-    Deployment,
-    all_deployments,
-    claim_name,
-    claim_port,
-    deployment_folder,
-)
+from gemma_serve.adapters.state import Deployment, all_deployments, deployment_folder
 from gemma_serve.engine.processes import boot_id, identify
 from gemma_serve.engine.shared_files import make_temporary_folder
 from gemma_serve.errors import GemmaServeError, Problem, UsageError
@@ -81,7 +76,6 @@ def whole(environ, name="demo", **fields):
         phase="first token",
         phase_began_at=1764000001.75,
         ready_s=1.5,
-        ready_at=1764000002.0,
         restart="on-failure",
         restarts=2,
         needs_key=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +12,7 @@ from typing import Any, Literal
 
 from gemma_serve.adapters.settings import STATE_DIR_VARIABLE
 from gemma_serve.adapters.whole_files import write_whole
-from gemma_serve.errors import GemmaServeError, Problem, UsageError
+from gemma_serve.errors import Problem, UsageError
 from gemma_serve.planning.process_id import Member, ProcessId, SharedFile
 
 State = Literal[
@@ -33,8 +31,7 @@ class Deployment:
     Times are seconds since 1970, for people; processes are named by `ProcessId`, which no change
     of the clock touches, and hold for the boot `boot_id` only. `needs_key` and `api_key_file` say
     how clients prove themselves; the key itself is never written. `last_death` is why it was last
-    started again, if it was. `phase_began_at` belongs to
-    `phase`, the last one of the start.
+    started again, if it was. `phase_began_at` belongs to `phase`, the last one of the start.
     """
 
     name: str
@@ -58,7 +55,6 @@ class Deployment:
     phase: str = ""
     phase_began_at: float = 0.0
     ready_s: float | None = None
-    ready_at: float | None = None
     restart: str = "no"
     restarts: int = 0
     last_death: str = ""
@@ -125,7 +121,7 @@ class DeploymentFolder:
             UsageError: the state folder can't be written.
         """
         try:
-            _private_folder(self.path)
+            private_folder(self.path)
             self.stop_request.unlink(missing_ok=True)
             for file in (self.log, self.events):
                 if file.exists():
@@ -133,7 +129,7 @@ class DeploymentFolder:
                 os.close(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
             os.close(os.open(self.supervisor_log, os.O_CREAT | os.O_WRONLY, 0o600))
         except OSError as error:
-            raise _unwritable(self.path, error) from None
+            raise unwritable(self.path, error) from None
 
     @property
     def stop_request(self) -> Path:
@@ -149,7 +145,7 @@ class DeploymentFolder:
         try:
             write_whole(path, json.dumps(value, default=str, indent=1), mode=0o600)
         except OSError as error:
-            raise _unwritable(self.path, error) from None
+            raise unwritable(self.path, error) from None
 
     def read_json(self, path: Path) -> dict[str, Any] | None:
         """What `write_json` wrote; None for a file that is missing or damaged."""
@@ -170,23 +166,6 @@ class DeploymentFolder:
         except OSError as error:
             return error
         return None
-
-    def write_holder(self, lock: Lock, holder: ProcessId, boot_id: str) -> None:
-        """Note in the lock's file who has it, for when the record gets damaged."""
-        text = json.dumps({**asdict(holder), "boot_id": boot_id})
-        with suppress(OSError):
-            os.ftruncate(lock.fd, 0)
-            os.pwrite(lock.fd, text.encode(), 0)
-
-    def holder(self, boot_id: str) -> ProcessId | None:
-        """Who claimed the name last in this boot; None where that can't be read."""
-        value = self.read_json(self.path / "lock") or {}
-        if value.get("boot_id") != boot_id:
-            return None
-        try:
-            return ProcessId(int(value["pid"]), int(value["start_ticks"]))
-        except (KeyError, TypeError, ValueError):
-            return None
 
     def load(self) -> Deployment | None:
         """The record; None where there is none. A damaged one has the state `unreadable`."""
@@ -216,7 +195,7 @@ class DeploymentFolder:
         fields = asdict(deployment)
         del fields["folder"]
         with suppress(OSError):
-            _private_folder(self.path)  # somebody may have removed it
+            private_folder(self.path)  # somebody may have removed it
         self.write_json(self.path / _RECORD, {"schema": _SCHEMA, **fields})
 
 
@@ -284,97 +263,15 @@ def state_dir(environ: Mapping[str, str] | None = None) -> Path:
     return platformdirs.user_state_path("gemma-serve")
 
 
-@dataclass
-class Lock:
-    """A claim that holds for as long as a process has `fd` open; a guard inherits it."""
-
-    fd: int
-    path: Path | None = None
-
-    def remove(self) -> None:
-        """Remove the file of a claim that is ending; the next one makes its own."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-    def release(self) -> None:
-        """Give up our own hold of it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def claim_name(name: str, environ: Mapping[str, str] | None = None) -> Lock | None:
-    """Claim the deployment `name`; None while somebody has it: its supervisor or its guard.
-
-    Raises:
-        UsageError: the state folder can't be written.
-    """
-    return _claim(deployments_dir(environ) / name / "lock")
-
-
-def claim_port(port: int, environ: Mapping[str, str] | None = None) -> Lock:
-    """Keep others of ours off `port` while the engine, which binds it late, is starting.
-
-    Raises:
-        GemmaServeError: another `up` has claimed it.
-        UsageError: the state folder can't be written.
-    """
-    path = port_lock_path(port, environ)
-    lock = _claim(path)
-    while lock is not None and not _is_at(lock, path):
-        # Its former holder removed the file between our opening and claiming it.
-        lock.release()
-        lock = _claim(path)
-    if lock is None:
-        raise GemmaServeError(
-            f"another `gemma-serve up` is using port {port}",
-            code="port.in_use",
-            hint="use another port: --port 0 takes any that is free",
-        )
-    return lock
-
-
-def port_lock_path(port: int, environ: Mapping[str, str] | None = None) -> Path:
-    """The file that stands for a claim of `port`."""
-    return state_dir(environ) / "ports" / f"{port}.lock"
-
-
-def _is_at(lock: Lock, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock.fd), path.stat())
-    except OSError:
-        return False
-
-
-def _claim(path: Path) -> Lock | None:
-    try:
-        _private_folder(path.parent)
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise _unwritable(path.parent, error) from None
-    return Lock(fd, path)
-
-
-def _private_folder(path: Path) -> None:
+def private_folder(path: Path) -> None:
+    """Make `path` a folder for its owner only. Raises OSError."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with suppress(OSError):
         path.chmod(0o700)
 
 
-def _unwritable(folder: Path, error: OSError) -> UsageError:
+def unwritable(folder: Path, error: OSError) -> UsageError:
+    """The error of whoever can't write below the state folder."""
     return UsageError(
         f"cannot write the state folder {folder}: {error.strerror}",
         code="state.unwritable",

@@ -7,25 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gemma_serve.cli.options import AsJson, DeploymentName, NameOption
+from gemma_serve.cli.options import AsJson, DeploymentName, NameOption, one_name
 from gemma_serve.errors import EXIT_NO, EXIT_OK, UsageError
-
-
-def one_name(argument: str | None, option: str | None) -> str | None:
-    """The name, however it was given. Raises UsageError for two that differ."""
-    if "" in (argument, option):
-        raise UsageError(
-            "the name of the deployment is empty",
-            code="usage",
-            hint="`gemma-serve list` shows the names; without one, the only one that runs is meant",
-        )
-    if argument is not None and option is not None and argument != option:
-        raise UsageError(
-            f"two names were given, {argument} and {option}",
-            code="usage",
-            hint="give one of them",
-        )
-    return argument or option
 
 
 def status(name: DeploymentName = None, named: NameOption = None, as_json: AsJson = False) -> int:
@@ -144,27 +127,21 @@ def restart(
     from gemma_serve.cli.up import start_detached
     from gemma_serve.usecases.plan import make_plan
     from gemma_serve.usecases.restart import (
+        end_last_run,
         environment_without_settings,
         read_last_run,
         refuse_what_would_fail,
         settings_as_flags,
     )
-    from gemma_serve.usecases.stop import stop as end
     from gemma_serve.view.stop import StopView
     from gemma_serve.view.up import UpView
 
-    run, running = read_last_run(one_name(name, named), os.environ)
+    run = read_last_run(one_name(name, named), os.environ)
     flags, environ = settings_as_flags(run), environment_without_settings(os.environ)
     if port is not None:
         flags["port"] = port
     refuse_what_would_fail(make_plan(flags, environ=environ, force=run.force))
-    if running:
-        end(
-            run.name,
-            drain_timeout=None,
-            environ=os.environ,
-            on_event=StopView(as_json=as_json).on_event,
-        )
+    end_last_run(run.name, os.environ, on_event=StopView(as_json=as_json).on_event)
     view = UpView(as_json=as_json, command="restart")
     return start_detached(flags, environ=environ, view=view, force=run.force)
 
@@ -175,6 +152,7 @@ def supervise(
     events: Annotated[int, typer.Option("--events")],
 ) -> int:
     """Look after a deployment in the background; `up --detach` starts it."""
+    from gemma_serve.adapters.claims import Claim
     from gemma_serve.adapters.settings import read_api_key
     from gemma_serve.adapters.state import deployment_folder
     from gemma_serve.usecases.detach import EventPipe
@@ -183,11 +161,12 @@ def supervise(
 
     folder = deployment_folder(name, os.environ)
     run = read_run(folder.read_json(folder.run) or {})
+    of_name, of_port = map(int, locks.split(","))
     look_after(
         run,
+        Claim.inherited((of_name, of_port), name, run.port, os.environ),
         environ=os.environ,
         api_key=read_api_key(os.environ, run.api_key_file),
-        keep_open=tuple(int(fd) for fd in locks.split(",") if fd),
         on_event=EventPipe(events).tell,
     )
     return EXIT_OK

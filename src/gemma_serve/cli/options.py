@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_serve.errors import UsageError
 from gemma_serve.planning.settings import SETTINGS, Setting
 
 
@@ -162,3 +163,20 @@ def _key_value(text: str) -> tuple[str, str | bool]:
     """`seed=7` is ("seed", "7"); a bare `enable-lora` is a switch that is on."""
     key, equals, value = text.partition("=")
     return (key, value) if equals else (key, True)
+
+
+def one_name(argument: str | None, option: str | None) -> str | None:
+    """The name, however it was given. Raises UsageError for two that differ."""
+    if "" in (argument, option):
+        raise UsageError(
+            "the name of the deployment is empty",
+            code="usage",
+            hint="`gemma-serve list` shows the names; without one, the only one that runs is meant",
+        )
+    if argument is not None and option is not None and argument != option:
+        raise UsageError(
+            f"two names were given, {argument} and {option}",
+            code="usage",
+            hint="give one of them",
+        )
+    return argument or option

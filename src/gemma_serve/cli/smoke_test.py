@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_serve.cli.options import AsJson, DeploymentName, NameOption
+from gemma_serve.cli.options import AsJson, DeploymentName, NameOption, one_name
 
 if TYPE_CHECKING:
     from gemma_serve.adapters.state import Deployment
@@ -56,8 +56,7 @@ def smoke_test(
     """
     from gemma_serve.adapters.endpoint_url import endpoint_url
     from gemma_serve.adapters.settings import API_KEY_VARIABLE, read_api_key
-    from gemma_serve.cli.deployments import one_name
-    from gemma_serve.errors import EXIT_NO, EXIT_OK, UsageError
+    from gemma_serve.errors import EXIT_NO, EXIT_OK
     from gemma_serve.usecases.smoke import run_smoke
     from gemma_serve.view.output import Output
     from gemma_serve.view.smoke import (
@@ -68,21 +67,12 @@ def smoke_test(
         verdict_line,
     )
 
-    name = one_name(name, named)
-    if name is not None and url is not None:
-        if url != os.environ.get("GEMMA_SERVE_URL"):
-            raise UsageError(
-                "a deployment and --url were both given",
-                code="usage",
-                hint="leave one of the two out",
-            )
-        url = None
-    if url is None:
-        found = _only_deployment(name)
-        url, model = found.url, model or found.served_model_name
+    meant = _endpoint_of(one_name(name, named), url)
+    if meant is not None:
+        url, model = meant.url, model or meant.served_model_name
         if api_key_file is None and not os.environ.get(API_KEY_VARIABLE):
-            api_key_file = found.api_key_file
-    url, api_key = endpoint_url(url), read_api_key(os.environ, api_key_file)
+            api_key_file = meant.api_key_file
+    url, api_key = endpoint_url(url or ""), read_api_key(os.environ, api_key_file)
     output = Output(as_json=as_json)
 
     def show(check: CheckResult) -> None:
@@ -96,11 +86,23 @@ def smoke_test(
     return EXIT_OK if report.ok else EXIT_NO
 
 
-def _only_deployment(name: str | None) -> Deployment:
-    """The one that is meant. Raises GemmaServeError for none that runs, UsageError for several."""
-    from gemma_serve.errors import GemmaServeError
+def _endpoint_of(name: str | None, url: str | None) -> Deployment | None:
+    """The deployment that is meant, or None for the endpoint at `url`.
+
+    A name is stronger than a URL from the environment. Raises GemmaServeError where none runs,
+    UsageError for several, or for a name and a URL that were both typed.
+    """
+    from gemma_serve.errors import GemmaServeError, UsageError
     from gemma_serve.usecases.deployments import find_deployment
 
+    if url is not None and name is None:
+        return None
+    if url is not None and url != os.environ.get("GEMMA_SERVE_URL"):
+        raise UsageError(
+            "a deployment and --url were both given",
+            code="usage",
+            hint="leave one of the two out",
+        )
     found = find_deployment(name, os.environ)
     deployment = found.deployment
     if not found.running:

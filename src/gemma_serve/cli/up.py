@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_serve.cli.options import AsJson, ConfigFile, Force, with_settings
+from gemma_serve.cli.options import AsJson, ConfigFile, Force, one_name, with_settings
 from gemma_serve.errors import EXIT_NO, EXIT_OK, GemmaServeError, UsageError
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ def up(
             hint="leave one of the two out",
         )
     if deployment is not None:
-        from gemma_serve.cli.deployments import one_name
-
         flags["name"] = one_name(deployment, flags.get("name"))
     view = UpView(as_json=as_json)
     if detach:

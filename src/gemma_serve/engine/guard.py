@@ -9,6 +9,7 @@ one JSON object per line (`gemma_serve.engine.reports`).
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -306,8 +307,6 @@ class Guard:
 
 
 def _widen(pipe: int) -> None:
-    import fcntl
-
     fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
 
 
@@ -323,7 +322,6 @@ def _read_order(line: str) -> Order:
 
 def main() -> int:
     """Guard the engine that the first line of standard input orders."""
-    os.setsid() if os.getsid(0) != os.getpid() else None
     become_subreaper()
     line = b""
     # Byte by byte: what follows the first line belongs to the loop.

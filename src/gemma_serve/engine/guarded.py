@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -263,17 +263,21 @@ def start_engine(
             start_new_session=True,
             pass_fds=tuple(keep_open),
         )
-    try:
+    with ExitStack() as if_it_fails:
+        if_it_fails.callback(_end_guard, popen)
         engine = GuardedEngine(popen, order, on_news)
         engine._command(json.loads(json.dumps(asdict(order), default=str)))
         _wait_for_leader(engine, argv[0], guard_log)
-    except BaseException:
-        if popen.stdin is not None:
-            with suppress(OSError):
-                popen.stdin.close()  # the guard ends what it may have started
-        popen.wait()
-        raise
+        if_it_fails.pop_all()
     return engine
+
+
+def _end_guard(popen: subprocess.Popen[bytes]) -> None:
+    """Let the guard end whatever it may have started."""
+    assert popen.stdin is not None
+    with suppress(OSError):
+        popen.stdin.close()
+    popen.wait()
 
 
 def _wait_for_leader(engine: GuardedEngine, program: str, guard_log: Path) -> None:

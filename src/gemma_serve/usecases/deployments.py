@@ -6,17 +6,15 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from gemma_serve.adapters.claims import Claim, claim_name, claim_port, read_holder
 from gemma_serve.adapters.state import (
     Deployment,
     DeploymentFolder,
-    Lock,
     all_deployments,
-    claim_name,
-    claim_port,
     deployment_folder,
 )
 from gemma_serve.engine.guarded import Family, end_family
@@ -27,13 +25,13 @@ from gemma_serve.planning.process_id import ProcessId
 
 # What a guard whose supervisor was killed needs to end its engine, and then some.
 _GUARD_TIMEOUT_S = 15.0
-
+# Whoever only looks at a deployment has its name for a moment.
 _LOOK_TIMEOUT_S = 2.0
 
 # As `--name` takes them: anything else is no folder of ours.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
-LIVE = ("starting", "ready", "unhealthy", "restarting", "stopping")
+_LIVE = ("starting", "ready", "unhealthy", "restarting", "stopping")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def settle(name: str, environ: Mapping[str, str]) -> Settled | None:
     until = time.monotonic() + _GUARD_TIMEOUT_S
     while (lock := claim_name(name, environ)) is None:
         deployment = folder.load()
-        if deployment is None or (supervisor := _supervisor(folder, deployment)) is None:
+        if deployment is None or (supervisor := supervisor_of(folder, deployment)) is None:
             # It was begun this moment.
             time.sleep(0.05)
             if deployment is None and time.monotonic() < until:
@@ -92,17 +90,17 @@ def _locked(folder: DeploymentFolder) -> GemmaServeError:
     )
 
 
-def _supervisor(folder: DeploymentFolder, deployment: Deployment) -> ProcessId | None:
+def supervisor_of(folder: DeploymentFolder, deployment: Deployment) -> ProcessId | None:
     """Who holds the name, also where the record is damaged."""
     if deployment.supervisor is not None:
         return deployment.supervisor
-    return folder.holder(boot_id())
+    return read_holder(folder, boot_id())
 
 
 def _settled(folder: DeploymentFolder, deployment: Deployment) -> Settled:
     """The deployment, which nobody looks after any more."""
     ended = _end_leftovers(deployment)
-    if deployment.state not in LIVE:
+    if deployment.state not in _LIVE:
         return Settled(deployment, running=False, ended=ended)
     failed = replace(
         deployment,
@@ -181,36 +179,62 @@ def find_deployment(name: str | None, environ: Mapping[str, str]) -> Settled:
         UsageError: there are several, and none was named.
     """
     if name is not None:
-        found = settle(name, environ) if _NAME.fullmatch(name) else None
-        if found is None:
-            known = ", ".join(one.name for one in all_deployments(environ))
-            raise GemmaServeError(
-                f"there is no deployment {name}",
-                code="deployment.unknown",
-                hint=f"there is {known}" if known else "start one with `gemma-serve up`",
-            )
-        return found
+        return _named(name, environ)
     settled = settle_all(environ)
-    running = [one for one in settled if one.running]
-    if len(running) == 1 or len(settled) == 1:
-        return (running or settled)[0]
     if not settled:
         raise GemmaServeError(
             "no deployment is known on this machine",
             code="deployment.none",
             hint="start one with `gemma-serve up`",
         )
-    names = ", ".join(one.deployment.name for one in running or settled)
+    return _only([one for one in settled if one.running] or settled)
+
+
+def find_running(name: str | None, environ: Mapping[str, str]) -> Settled:
+    """The deployment to stop: `name`, else the only one of which anything runs, or did just now.
+
+    Raises:
+        GemmaServeError: there is none of that name, or nothing runs.
+        UsageError: several run, and none was named.
+    """
+    if name is not None:
+        return _named(name, environ)
+    living = [one for one in settle_all(environ) if one.running or one.ended]
+    if not living:
+        raise GemmaServeError(
+            "no deployment is running",
+            code="deployment.not_running",
+            hint="`gemma-serve list` shows what there is",
+        )
+    return _only(living)
+
+
+def _named(name: str, environ: Mapping[str, str]) -> Settled:
+    found = settle(name, environ) if _NAME.fullmatch(name) else None
+    if found is None:
+        known = ", ".join(one.name for one in all_deployments(environ))
+        raise GemmaServeError(
+            f"there is no deployment {name}",
+            code="deployment.unknown",
+            hint=f"there is {known}" if known else "start one with `gemma-serve up`",
+        )
+    return found
+
+
+def _only(settled: Sequence[Settled]) -> Settled:
+    if len(settled) == 1:
+        return settled[0]
+    names = ", ".join(one.deployment.name for one in settled)
     raise UsageError(
-        f"there are {len(running or settled)} deployments: {names}",
+        f"there are {len(settled)} deployments: {names}",
         code="deployment.several",
         hint="name one of them; `gemma-serve list` shows them all",
     )
 
 
 @contextmanager
-def claim(name: str, port: int, environ: Mapping[str, str]) -> Iterator[tuple[int, ...]]:
-    """Have the name and the port for ourselves; the descriptors that keep them.
+def claim(name: str, port: int, environ: Mapping[str, str]) -> Iterator[Claim]:
+    """Have the name and the port for ourselves, and for whoever inherits the claim.
 
     Raises:
         GemmaServeError: a deployment of that name runs, or another has the port.
@@ -219,22 +243,20 @@ def claim(name: str, port: int, environ: Mapping[str, str]) -> Iterator[tuple[in
     refuse_if_running(name, environ)
     until = time.monotonic() + _LOOK_TIMEOUT_S
     while (lock := claim_name(name, environ)) is None:
-        # Whoever only looks has the name for a moment too.
         if time.monotonic() > until:
             raise _running(name, "starting")
         time.sleep(0.02)
-    with lock:
-        port_lock: Lock = claim_port(port, environ)
-        with port_lock:
-            hold(name, lock, environ)
-            yield (lock.fd, port_lock.fd)
+    with lock, claim_port(port, environ) as port_lock:
+        claimed = Claim(lock, port_lock)
+        hold(claimed)
+        yield claimed
 
 
-def hold(name: str, lock: Lock, environ: Mapping[str, str]) -> None:
-    """Note that the name is ours, for when the record gets damaged."""
+def hold(claimed: Claim) -> None:
+    """Note that the claim is this process's, for when the record gets damaged."""
     holder = identify(os.getpid())
     if holder is not None:
-        deployment_folder(name, environ).write_holder(lock, holder, boot_id())
+        claimed.note_holder(holder, boot_id())
 
 
 def refuse_if_running(name: str, environ: Mapping[str, str]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 from gemma_serve.adapters.state import DeploymentFolder, deployment_folder
 from gemma_serve.engine.inbox import Inbox
@@ -59,10 +60,10 @@ def up_detached(
     run = run_of(plan, detached=True, force=force)
     folder = deployment_folder(run.name, environ)
     with Inbox() as inbox:
-        with claim(run.name, run.port, environ) as locks:
+        with claim(run.name, run.port, environ) as claimed:
             folder.begin()
             folder.write_json(folder.run, write_run(run))
-            child, events = _start_supervisor(run, folder, locks, environ)
+            child, events = _start_supervisor(run, folder, claimed.fds, environ)
         phases: list[PhaseBegan] = []
         try:
             ready = _follow(child, events, folder, inbox, on_event, phases)
@@ -90,22 +91,21 @@ def _start_supervisor(
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
     command = ["supervise", run.name, "--locks", ",".join(map(str, locks)), "--events"]
-    try:
-        with folder.supervisor_log.open("ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gemma_serve", *command, str(write_end)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=dict(environ),
-                start_new_session=True,
-                pass_fds=(*locks, write_end),
-            )
-    except BaseException:
-        os.close(read_end)
-        raise
-    finally:
-        os.close(write_end)
+    with ExitStack() as stack:
+        stack.callback(os.close, write_end)
+        if_it_fails = stack.enter_context(ExitStack())
+        if_it_fails.callback(os.close, read_end)
+        log = stack.enter_context(folder.supervisor_log.open("ab"))
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "gemma_serve", *command, str(write_end)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=dict(environ),
+            start_new_session=True,
+            pass_fds=(*locks, write_end),
+        )
+        if_it_fails.pop_all()
     return child, read_end
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +10,33 @@ from typing import Any
 
 from gemma_serve.adapters.state import Deployment, DeploymentFolder, State
 from gemma_serve.engine.guarded import Family
+from gemma_serve.engine.processes import boot_id, identify
 from gemma_serve.errors import Problem, UsageError
 from gemma_serve.usecases.events import Event, Noticed, OnEvent, event_line
+from gemma_serve.usecases.run import Run
+
+
+def first_record(run: Run, folder: DeploymentFolder, *, needs_key: bool) -> Deployment:
+    """What is written down of a run that this process begins to look after."""
+    now = time.time()
+    return Deployment(
+        name=run.name,
+        folder=folder.path,
+        state="starting",
+        changed_at=now,
+        url=run.url,
+        served_model_name=run.served_model_name,
+        model=run.model,
+        boot_id=boot_id(),
+        started_at=now,
+        supervisor=identify(os.getpid()),
+        detached=run.detached,
+        engine=run.engine,
+        gpus=run.gpus,
+        restart=run.restart,
+        needs_key=needs_key,
+        api_key_file=run.api_key_file,
+    )
 
 
 class Journal:

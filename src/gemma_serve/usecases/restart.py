@@ -11,12 +11,14 @@ from gemma_serve.errors import GemmaServeError
 from gemma_serve.planning.settings import SETTINGS
 from gemma_serve.usecases.check import check
 from gemma_serve.usecases.deployments import find_deployment
+from gemma_serve.usecases.events import OnEvent
 from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.run import Run, read_run
+from gemma_serve.usecases.stop import stop
 
 
-def read_last_run(name: str | None, environ: Mapping[str, str]) -> tuple[Run, bool]:
-    """How the deployment that is meant was last run, and whether it runs now.
+def read_last_run(name: str | None, environ: Mapping[str, str]) -> Run:
+    """How the deployment that is meant was last run.
 
     Raises:
         GemmaServeError: there is none, or its settings can't be read.
@@ -37,7 +39,7 @@ def read_last_run(name: str | None, environ: Mapping[str, str]) -> tuple[Run, bo
             code="config.no_key",
             hint=f"set {API_KEY_VARIABLE}, the key is kept nowhere",
         )
-    return run, found.running
+    return run
 
 
 def _has_key(environ: Mapping[str, str]) -> bool:
@@ -54,6 +56,20 @@ def refuse_what_would_fail(plan: ServePlan) -> None:
     found = [p for p in check(plan).problems if p.blocking and not p.code.startswith(own)]
     if found:
         raise GemmaServeError.of(found)
+
+
+def end_last_run(name: str, environ: Mapping[str, str], *, on_event: OnEvent) -> None:
+    """Stop it, if it runs.
+
+    Raises:
+        GemmaServeError: something of it would not end.
+    """
+    if not find_deployment(name, environ).running:
+        return
+    result = stop(name, drain_timeout=None, environ=environ, on_event=on_event)
+    left = [problem for problem in result.problems if problem.blocking]
+    if left:
+        raise GemmaServeError.of(left)
 
 
 def settings_as_flags(run: Run) -> dict[str, Any]:

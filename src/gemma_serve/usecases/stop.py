@@ -13,13 +13,19 @@ from gemma_serve.adapters.engine_orphans import EngineOrphan, find_orphans
 from gemma_serve.adapters.state import Deployment, DeploymentFolder
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.engine.ladder import GRACE_S, KILL_TIMEOUT_S, LINGER_S
-from gemma_serve.engine.processes import boot_id, lives, send
+from gemma_serve.engine.processes import lives, send
 from gemma_serve.errors import GemmaServeError, Problem, Stopped, UsageError
 from gemma_serve.planning.process_id import ProcessId
-from gemma_serve.usecases.deployments import Settled, find_deployment, settle, settle_all
+from gemma_serve.usecases.deployments import (
+    Settled,
+    find_running,
+    settle,
+    settle_all,
+    supervisor_of,
+)
 from gemma_serve.usecases.events import EngineStopped, OnEvent, Stopping, read_event
+from gemma_serve.usecases.proof import PROOF_TIMEOUT_S, stop_problems
 from gemma_serve.usecases.run import read_run
-from gemma_serve.usecases.supervise import PROOF_TIMEOUT_S, left_behind
 
 # A supervisor that is not done this long after its clock has run out hangs, or is halted.
 _PATIENCE_S = LINGER_S + KILL_TIMEOUT_S + PROOF_TIMEOUT_S + 3.0
@@ -45,24 +51,6 @@ class StopResult:
         return () if self.stopped is None else stop_problems(self.stopped)
 
 
-def stop_problems(stopped: EngineStopped) -> tuple[Problem, ...]:
-    """What an engine has left behind: processes, its port, memory of a GPU."""
-    found = []
-    if stopped.left:
-        found.append(left_behind(stopped.left))
-    if stopped.gpu_bytes_held:
-        held = f"{stopped.gpu_bytes_held / 2**30:.2f} GiB"
-        found.append(
-            Problem(
-                "gpu.memory_held",
-                f"{held} more GPU memory is in use than before the start",
-                "`gemma-serve check-gpu` shows who holds it",
-                blocking=False,
-            )
-        )
-    return tuple(found)
-
-
 def stop(
     name: str | None,
     *,
@@ -81,17 +69,11 @@ def stop(
         GemmaServeError: nothing of that name runs.
         UsageError: it can't drain that long.
     """
-    if name is None and not any(one.running or one.ended for one in settle_all(environ)):
-        raise GemmaServeError(
-            "no deployment is running",
-            code="deployment.not_running",
-            hint="`gemma-serve list` shows what there is",
-        )
-    found = find_deployment(name, environ)
+    found = find_running(name, environ)
     if not found.running:
         return _only_leftovers(found)
     folder = DeploymentFolder(found.deployment.folder)
-    supervisor = _supervisor_of(found.deployment, folder)
+    supervisor = _living_supervisor(found.deployment, folder)
     drain_s = _drain_s(folder, drain_timeout)
     begun = time.monotonic()
     with Inbox() as inbox:
@@ -134,10 +116,8 @@ def _only_leftovers(found: Settled) -> StopResult:
     )
 
 
-def _supervisor_of(deployment: Deployment, folder: DeploymentFolder) -> ProcessId:
-    supervisor = deployment.supervisor
-    if supervisor is None:
-        supervisor = folder.holder(boot_id())
+def _living_supervisor(deployment: Deployment, folder: DeploymentFolder) -> ProcessId:
+    supervisor = supervisor_of(folder, deployment)
     if supervisor is None:
         raise GemmaServeError(
             f"{deployment.name} runs, but its record is damaged and names no supervisor",
@@ -210,9 +190,9 @@ def _how_it_stopped(folder: DeploymentFolder, at: int) -> EngineStopped | None:
 
 @dataclass(frozen=True)
 class OrphansResult:
-    """The orphans that were ended since they are ours, and those of others, untouched."""
+    """The pids of ours that were ended, by deployment, and the orphans of others, untouched."""
 
-    ended: tuple[EngineOrphan, ...]
+    ended: Mapping[str, tuple[int, ...]]
     others: tuple[EngineOrphan, ...]
 
 
@@ -222,9 +202,6 @@ def stop_orphans(environ: Mapping[str, str]) -> OrphansResult:
     Ours is what a record names, by pid and start time, and whatever is in its session. Others'
     are only named.
     """
-    before = find_orphans()
-    settle_all(environ)
-    after = {orphan.pid for orphan in find_orphans()}
-    ended = tuple(orphan for orphan in before if orphan.pid not in after)
-    others = tuple(orphan for orphan in before if orphan.pid in after)
-    return OrphansResult(ended, others)
+    settled = settle_all(environ)
+    ended = {one.deployment.name: one.ended for one in settled if one.ended}
+    return OrphansResult(ended, find_orphans())

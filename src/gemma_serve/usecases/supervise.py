@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
-from gemma_serve.adapters.engine_caches import engine_caches_dir, set_aside
-from gemma_serve.adapters.gpu import read_gpus
-from gemma_serve.adapters.host import port_problem
 from gemma_serve.adapters.openai_api import EndpointError
-from gemma_serve.adapters.state import Deployment, DeploymentFolder, all_deployments
+from gemma_serve.adapters.state import DeploymentFolder
 from gemma_serve.engine.death import explain_end, last_error
 from gemma_serve.engine.guarded import GuardedEngine, start_engine
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.engine.ladder import GRACE_S
 from gemma_serve.engine.log import LogReader
-from gemma_serve.engine.processes import boot_id, identify, lives
-from gemma_serve.engine.reports import Stopped as EngineEnded
 from gemma_serve.engine.restarts import RestartPolicy, Restarts
 from gemma_serve.engine.shared_files import make_temporary_folder
-from gemma_serve.engine.timeline import SILENCE_S, Timeline
 from gemma_serve.engine.watch import Health
-from gemma_serve.errors import EXIT_ENGINE, EXIT_USAGE, EngineFailed, Problem, Stopped, UsageError
-from gemma_serve.planning.engine_caches import compiled_folders
+from gemma_serve.errors import EXIT_ENGINE, EngineFailed, Problem, Stopped, UsageError
 from gemma_serve.planning.launch import engine_environment
+from gemma_serve.usecases.compile_caches import note_phase, set_stale_aside
 from gemma_serve.usecases.events import (
     EngineDied,
     EngineReady,
     EngineStarted,
-    EngineStopped,
     Event,
     Failed,
     HealthChanged,
     Noticed,
     OnEvent,
     PhaseBegan,
-    PhaseProgress,
     Restarting,
-    Silent,
     Stopping,
 )
-from gemma_serve.usecases.journal import Journal
+from gemma_serve.usecases.journal import Journal, first_record
+from gemma_serve.usecases.proof import gpu_used_bytes, left_behind, prove_stopped
 from gemma_serve.usecases.readiness import HealthWatch, answer_first
-from gemma_serve.usecases.run import Run, read_run
+from gemma_serve.usecases.run import Run
+from gemma_serve.usecases.start_progress import StartProgress
 
 T = TypeVar("T")
 
@@ -57,11 +50,6 @@ _TICK_S = 0.2
 _FOLLOW_S = 1.0
 # As often in a row a probe must fail before an engine that may be restarted is.
 _MISSES_UNTIL_RESTART = 3
-# Giving back tens of GB takes a driver seconds.
-PROOF_TIMEOUT_S = 5.0
-# What other programs may take of a GPU in the meantime without being taken for a remainder.
-_GPU_TOLERANCE_BYTES = 64 * 2**20
-_LAST_LINES = 5000
 
 
 class Supervisor:
@@ -77,7 +65,6 @@ class Supervisor:
         api_key: str | None,
         keep_open: Sequence[int],
         on_event: OnEvent,
-        policy: RestartPolicy | None = None,
     ) -> None:
         self.run = run
         self.inbox = inbox
@@ -86,7 +73,7 @@ class Supervisor:
         self._environ = environ
         self._api_key = api_key
         self._keep_open = tuple(keep_open)
-        self._restarts = Restarts(policy or RestartPolicy())
+        self._restarts = Restarts(RestartPolicy())
         self._engine: GuardedEngine | None = None
         self._watch: HealthWatch | None = None
         self._health: deque[Health] = deque()
@@ -94,31 +81,21 @@ class Supervisor:
         self._reason = "done"
         self._telling = threading.Lock()
         self._ending = False
-        self._silence_told = SILENCE_S
         self._log_told = False
-        now = time.time()
-        self._journal = Journal(
-            folder,
-            Deployment(
-                name=run.name,
-                folder=folder.path,
-                state="starting",
-                changed_at=now,
-                url=run.url,
-                served_model_name=run.served_model_name,
-                model=run.model,
-                boot_id=boot_id(),
-                started_at=now,
-                supervisor=identify(os.getpid()),
-                detached=run.detached,
-                engine=run.engine,
-                gpus=run.gpus,
-                restart=run.restart,
-                needs_key=api_key is not None,
-                api_key_file=run.api_key_file,
-            ),
-            on_event,
-        )
+        record = first_record(run, folder, needs_key=api_key is not None)
+        self._journal = Journal(folder, record, on_event)
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """However it ended, nothing of the engine is left then."""
+        self._stop(error)
 
     # --- the start
 
@@ -128,17 +105,19 @@ class Supervisor:
         Raises:
             EngineFailed: its command can't be run.
         """
-        self._gpu_before = _gpu_used_bytes(self.run.gpus)
-        self._set_stale_caches_aside()
+        self._gpu_before = gpu_used_bytes(self.run.gpus)
+        stale = set_stale_aside(self.run, self._folder, self._environ)
+        if stale is not None:
+            self._tell(Noticed(stale))
         temporary = self._temporary_folder()
         secrets = {} if self._api_key is None else {"VLLM_API_KEY": self._api_key}
         self._begun = time.monotonic()
-        self._timeline = Timeline(self._begun)
+        self._progress = StartProgress(self._begun)
         self.ready_s = None
         self._listening.clear()
         self._journal.set(
             "starting", started_at=time.time(), temporary_folder=temporary,
-            phase=self._timeline.phase, phase_began_at=time.time(), problem=None,
+            phase=self._progress.phase, phase_began_at=time.time(), problem=None,
         )  # fmt: skip
         self._engine = start_engine(
             self.run.argv,
@@ -155,7 +134,7 @@ class Supervisor:
         self._journal.set_family(self._engine.family)
         assert self._engine.leader is not None
         self._tell(EngineStarted(self._engine.leader.pid, self._folder.log))
-        self._tell(PhaseBegan(self._timeline.phase, 0.0))
+        self._tell(self._progress.begun())
 
     def _temporary_folder(self) -> Path:
         try:
@@ -166,33 +145,6 @@ class Supervisor:
                 code="state.no_temporary_folder",
                 hint="name a folder that can be written: TMPDIR=/path/to/folder",
             ) from None
-
-    def _set_stale_caches_aside(self) -> None:
-        """A cache whose last engine died while it compiled may be half-written."""
-        suspect = self._folder.read_json(self._folder.suspect)
-        if suspect is None or self._others_run():
-            return
-        folders = [Path(str(folder)) for folder in suspect.get("folders", ())]
-        root = engine_caches_dir(self.run.cache_dir, self._environ)
-        moved = set_aside(folders, caches_dir=root)
-        with suppress(OSError):
-            self._folder.suspect.unlink()
-        if moved:
-            where = ", ".join(map(str, moved))
-            message = f"the last start ended while it compiled, so its cache was set aside: {where}"
-            self._tell(Noticed(Problem("engine.cache_set_aside", message, "", blocking=False)))
-
-    def _others_run(self) -> bool:
-        """Whether another engine of ours may be using the caches."""
-        others = (one for one in all_deployments(self._environ) if one.name != self.run.name)
-        living = (one for one in others if one.supervisor is not None and lives(one.supervisor))
-        return any(self._root_of(DeploymentFolder(one.folder)) == _root(self.run) for one in living)
-
-    def _root_of(self, folder: DeploymentFolder) -> str | None:
-        try:
-            return _root(read_run(folder.read_json(folder.run) or {}))
-        except (TypeError, KeyError):
-            return None
 
     def wait_until_ready(self) -> None:
         """Wait for the first token.
@@ -214,13 +166,11 @@ class Supervisor:
         finally:
             cancelled.set()
         now = time.monotonic()
-        self._timeline.end(now)
+        durations = self._progress.end(now)
         self.ready_s = now - self._begun
         self._ready_at = now
-        self._journal.set("ready", ready_s=self.ready_s, ready_at=time.time(), problem=None)
-        self._journal.keep_timeline(self._timeline.durations(now), self.ready_s)
-        with suppress(OSError):
-            self._folder.suspect.unlink()
+        self._journal.set("ready", ready_s=self.ready_s, problem=None)
+        self._journal.keep_timeline(durations, self.ready_s)
         self._tell(
             EngineReady(
                 self.run.url,
@@ -246,7 +196,7 @@ class Supervisor:
     @property
     def phases(self) -> tuple[PhaseBegan, ...]:
         """When each phase of the last start began."""
-        return tuple(PhaseBegan(s.phase, s.began_s) for s in self._timeline.stretches)
+        return self._progress.phases
 
     # --- the watch
 
@@ -372,21 +322,15 @@ class Supervisor:
         if self.ready_s is not None:
             return
         now = time.monotonic()
-        for line in self._log.new_lines():
-            self._silence_told = SILENCE_S
-            seen = self._timeline.read(line, now)
-            if seen is None:
-                continue
-            if seen.detail:
-                self._tell(PhaseProgress(seen.phase, seen.detail))
-            if seen.phase != self._journal.deployment.phase:
-                self._phase_began(now)
+        events = self._progress.read(self._log.new_lines(), now)
         if self._listening.is_set():
-            self._timeline.begin("first token", now)
-            if self._timeline.phase != self._journal.deployment.phase:
-                self._phase_began(now)
-        self._tell_silence(now)
-        overdue = self._timeline.overdue(now, self.run.phase_limits_s)
+            events += self._progress.listening(now)
+        for event in [*events, *self._progress.silence(now)]:
+            if isinstance(event, PhaseBegan):
+                self._journal.set(phase=event.phase, phase_began_at=time.time())
+                note_phase(event.phase, self.run, self._folder)
+            self._tell(event)
+        overdue = self._progress.overdue(now, self.run.phase_limits_s)
         if overdue is not None:
             flag = f"--phase-timeout {overdue.phase.replace(' ', '-')}={2 * overdue.limit_s:.0f}"
             raise EngineFailed(
@@ -396,28 +340,9 @@ class Supervisor:
                 hint=f"allow more with `{flag}`; the engine's log: {self._folder.log}",
             )
 
-    def _phase_began(self, now: float) -> None:
-        phase = self._timeline.phase
-        self._journal.set(phase=phase, phase_began_at=time.time())
-        if phase == "compilation":
-            # Written before it can go wrong: a supervisor that is killed can't do it later.
-            folders = [str(folder) for folder in compiled_folders(self.run.environment)]
-            with suppress(UsageError):
-                self._folder.write_json(self._folder.suspect, {"folders": folders})
-        elif phase not in ("weights", "engine core", "configuration", "imports"):
-            with suppress(OSError):
-                self._folder.suspect.unlink(missing_ok=True)
-        self._tell(PhaseBegan(phase, self._timeline.phase_began_s))
-
-    def _tell_silence(self, now: float) -> None:
-        silent_s = self._timeline.silent_s(now)
-        if silent_s >= self._silence_told:
-            self._silence_told += SILENCE_S
-            self._tell(Silent(self._timeline.phase, silent_s))
-
     def _death(self, engine: GuardedEngine) -> EngineFailed:
         self._reason = "the engine died"
-        when = "after it was ready" if self.ready_s else f"during {self._timeline.phase}"
+        when = "after it was ready" if self.ready_s else f"during {self._progress.phase}"
         lost = None if engine.lost is None else str(engine.lost)
         if engine.guard_is_gone and engine.exit is None and lost is None:
             cause = f"its guard (pid {engine.guard.pid}) was killed"
@@ -431,7 +356,7 @@ class Supervisor:
 
     # --- the end
 
-    def stop(self, error: BaseException | None) -> None:
+    def _stop(self, error: BaseException | None) -> None:
         """End whatever runs, prove it, and write down how the run ended.
 
         Raises:
@@ -445,19 +370,20 @@ class Supervisor:
         left = self._stop_engine(
             gently=not isinstance(error, EngineFailed), drain_s=self._drain_s()
         )
-        failure = error.problems[0] if isinstance(error, EngineFailed | UsageError) else None
-        if left:
-            failure = left_behind(left)
         with suppress(OSError):
             self._folder.stop_request.unlink()
-        if failure is None:
-            self._journal.set("stopped", problem=None)
-        else:
-            self._journal.set("failed", problem=failure)
-            code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_ENGINE
-            self._tell_if_possible(Failed(failure, code))
         if left:
-            raise EngineFailed(failure.message, code=failure.code, hint=failure.hint) from None  # type: ignore[union-attr]
+            problem = left_behind(left)
+            self._end_as_failed(problem, EXIT_ENGINE)
+            raise EngineFailed(problem.message, code=problem.code, hint=problem.hint)
+        if isinstance(error, EngineFailed | UsageError):
+            self._end_as_failed(error.problems[0], error.exit_code)
+        else:
+            self._journal.set("stopped", problem=None)
+
+    def _end_as_failed(self, problem: Problem, exit_code: int) -> None:
+        self._journal.set("failed", problem=problem)
+        self._tell_if_possible(Failed(problem, exit_code))
 
     def _drain_s(self) -> float:
         """How long requests in flight may go on: what `stop` asked for, else the setting."""
@@ -492,28 +418,10 @@ class Supervisor:
             gently=gently,
         )
         self._log.close()
-        self._tell_if_possible(self._proof(ended))
+        self._tell_if_possible(prove_stopped(self.run, ended, self._gpu_before))
         if not ended.descent.left:
             self._journal.set(guard=None, leader=None, members=(), shared_files=())
         return ended.descent.left
-
-    def _proof(self, ended: EngineEnded) -> EngineStopped:
-        """What is found when the processes are gone: the port, and the GPUs' memory."""
-        until = time.monotonic() + PROOF_TIMEOUT_S
-        while True:
-            port_is_free = port_problem(self.run.host, self.run.port) is None
-            held = _still_held(self._gpu_before, _gpu_used_bytes(self.run.gpus))
-            if (port_is_free and not held) or time.monotonic() > until:
-                break
-            time.sleep(0.1)
-        return EngineStopped(
-            duration_s=ended.duration_s,
-            killed=ended.descent.killed,
-            left=ended.descent.left,
-            steps=ended.descent.steps,
-            port_is_free=port_is_free,
-            gpu_bytes_held=held,
-        )
 
     def _tell(self, event: Event) -> None:
         self._journal.tell(event)
@@ -525,13 +433,9 @@ class Supervisor:
                 self._journal.tell(event)
 
     def _tell_if_possible(self, event: Event) -> None:
-        """Whatever is wrong with telling (the reader may be gone), the engine is stopped."""
-        with suppress(Exception):
+        """Tell it, unless whoever reads is gone: the engine is stopped all the same."""
+        with suppress(OSError, ValueError):  # ValueError: the stream is closed
             self._journal.tell(event)
-
-
-def _root(run: Run) -> str | None:
-    return run.environment.get("VLLM_CACHE_ROOT")
 
 
 def _unhealthy(reason: str) -> Problem:
@@ -540,27 +444,3 @@ def _unhealthy(reason: str) -> Problem:
         f"the engine has stopped generating: {reason}",
         "`gemma-serve logs` shows what it says; `gemma-serve restart` starts it again",
     )
-
-
-def left_behind(pids: Sequence[int]) -> Problem:
-    """That processes of an engine outlived SIGKILL."""
-    return Problem(
-        "engine.left_behind",
-        f"these processes of the engine would not end: {', '.join(map(str, pids))}",
-        "they ignore SIGKILL, so the driver or a disk holds them; see `dmesg`",
-    )
-
-
-def _gpu_used_bytes(uuids: Sequence[str]) -> dict[str, int]:
-    """The memory in use of each of the GPUs `uuids`."""
-    if not uuids:
-        return {}
-    return {gpu.uuid: gpu.used_bytes for gpu in read_gpus().gpus if gpu.uuid in uuids}
-
-
-def _still_held(before: Mapping[str, int], now: Mapping[str, int]) -> int | None:
-    """Bytes that the GPUs have not got back, beyond what others may take; None without a GPU."""
-    if not before:
-        return None
-    more = (used - before.get(uuid, used) for uuid, used in now.items())
-    return sum(extra for extra in more if extra > _GPU_TOLERANCE_BYTES)

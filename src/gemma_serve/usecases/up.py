@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_serve.adapters.state import Lock, deployment_folder, port_lock_path
+from gemma_serve.adapters.claims import Claim
+from gemma_serve.adapters.state import deployment_folder
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.planning.smoke import Answers, SmokeReport
 from gemma_serve.usecases.deployments import claim, hold
@@ -69,35 +71,57 @@ def up(
         GemmaServeError: a deployment of that name runs, or another has the port.
     """
     run = run_of(plan, detached=False, force=options.force)
-    with claim(run.name, run.port, environ) as locks, Inbox() as inbox:
+    with claim(run.name, run.port, environ) as claimed:
         folder = deployment_folder(run.name, environ)
         folder.begin()
         folder.write_json(folder.run, write_run(run))
-        supervisor = Supervisor(
-            run,
-            folder,
-            inbox,
-            environ=environ,
-            api_key=api_key,
-            keep_open=locks,
-            on_event=on_event,
+        return _look_after(
+            run, claimed, options, plan.known_answers, environ, api_key=api_key, on_event=on_event
         )
-        try:
-            return _supervise(supervisor, options, plan.known_answers, api_key, folder.log)
-        finally:
-            Lock(locks[1], port_lock_path(run.port, environ)).remove()
 
 
-def _supervise(
-    supervisor: Supervisor,
+def supervise(
+    run: Run,
+    claimed: Claim,
+    *,
+    environ: Mapping[str, str],
+    api_key: str | None,
+    on_event: OnEvent,
+) -> None:
+    """Look after `run` in the background, whose name and port somebody claimed for us.
+
+    Raises:
+        EngineFailed: the engine did not start, or died and is not started again any more.
+        Stopped: `stop`, or a signal.
+    """
+    hold(claimed)
+    _look_after(run, claimed, UpOptions(), None, environ, api_key=api_key, on_event=on_event)
+
+
+def _look_after(
+    run: Run,
+    claimed: Claim,
     options: UpOptions,
     answers: Answers | None,
+    environ: Mapping[str, str],
+    *,
     api_key: str | None,
-    log: Path,
+    on_event: OnEvent,
 ) -> UpResult:
-    run = supervisor.run
-    failure: BaseException | None = None
-    try:
+    folder = deployment_folder(run.name, environ)
+    with ExitStack() as stack:
+        stack.callback(claimed.finish)
+        supervisor = stack.enter_context(
+            Supervisor(
+                run,
+                folder,
+                stack.enter_context(Inbox()),
+                environ=environ,
+                api_key=api_key,
+                keep_open=claimed.fds,
+                on_event=on_event,
+            )
+        )
         supervisor.start()
         supervisor.wait_until_ready()
         report = _smoke_test(supervisor, answers, api_key) if options.smoke_test else None
@@ -105,14 +129,14 @@ def _supervise(
             supervisor.serve()
         assert supervisor.ready_s is not None
         return UpResult(
-            run.name, run.url, run.served_model_name, supervisor.ready_s, supervisor.phases, log,
+            run.name,
+            run.url,
+            run.served_model_name,
+            supervisor.ready_s,
+            supervisor.phases,
+            folder.log,
             report,
-        )  # fmt: skip
-    except BaseException as error:  # whatever it is, the engine is stopped, and it goes on
-        failure = error
-        raise
-    finally:
-        supervisor.stop(failure)
+        )
 
 
 def _smoke_test(
@@ -132,35 +156,3 @@ def _smoke_test(
         supervisor.look_once_more()
     supervisor.relay(report)
     return report
-
-
-def supervise(
-    run: Run,
-    *,
-    environ: Mapping[str, str],
-    api_key: str | None,
-    keep_open: tuple[int, ...],
-    on_event: OnEvent,
-) -> None:
-    """Look after `run` in the background, whose name and port somebody claimed for us.
-
-    Raises:
-        EngineFailed: the engine did not start, or died and is not started again any more.
-        Stopped: `stop`, or a signal.
-    """
-    folder = deployment_folder(run.name, environ)
-    hold(run.name, Lock(keep_open[0]), environ)
-    with Inbox() as inbox:
-        supervisor = Supervisor(
-            run,
-            folder,
-            inbox,
-            environ=environ,
-            api_key=api_key,
-            keep_open=keep_open,
-            on_event=on_event,
-        )
-        try:
-            _supervise(supervisor, UpOptions(), None, api_key, folder.log)
-        finally:
-            Lock(keep_open[1], port_lock_path(run.port, environ)).remove()

@@ -44,6 +44,7 @@ def deployment_data(deployment: Deployment) -> dict[str, Any]:
         "url": deployment.url,
         "model": deployment.model,
         "served_model_name": deployment.served_model_name,
+        "needs_key": deployment.needs_key,
         "engine": deployment.engine,
         "gpus": list(deployment.gpus),
         "started_at": deployment.started_at,

@@ -45,16 +45,18 @@ class StopView:
 
     def orphans(self, result: OrphansResult) -> None:
         """The answer of `stop --orphans`."""
-        lines = [f"ended {orphan.title} (pid {orphan.pid})" for orphan in result.ended]
         self._output.result(
             "stop",
             ok=True,
             data={
-                "ended": [orphan_data(orphan) for orphan in result.ended],
+                "ended_pids": {name: list(pids) for name, pids in result.ended.items()},
                 "others": [orphan_data(orphan) for orphan in result.others],
             },
-            problems=[orphan_problem(orphan) for orphan in result.others],
-            text="\n".join(lines) or "no orphan of ours was found",
+            problems=[
+                *(ended_problem(name, pids) for name, pids in result.ended.items()),
+                *(orphan_problem(orphan) for orphan in result.others),
+            ],
+            text="" if result.ended else "no orphan of ours was found",
         )
 
 

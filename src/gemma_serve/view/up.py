@@ -30,7 +30,7 @@ from gemma_serve.usecases.events import (
     Stopping,
 )
 from gemma_serve.usecases.plan import ServePlan
-from gemma_serve.usecases.stop import stop_problems
+from gemma_serve.usecases.proof import stop_problems
 from gemma_serve.usecases.up import UpResult
 from gemma_serve.view.download import DownloadView
 from gemma_serve.view.orphans import orphan_problem
