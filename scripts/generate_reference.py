@@ -1,22 +1,29 @@
 # ruff: noqa: E501  # the tables of the page are as wide as they are
-"""Write docs/configuration.md from the table of settings and the configuration model.
+"""Write docs/configuration.md from the settings, and the table in docs/diagnosis.md from the failures.
 
     python scripts/generate_reference.py [--check]
 
-With --check nothing is written, and the exit code is 1 where the file is out of date.
+With --check nothing is written, and the exit code is 1 where one of them is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from gemma_serve.adapters.package_data import load_failures
 from gemma_serve.planning.config import ServeConfig
+from gemma_serve.planning.failures import Failure, Kind, Remedy
 from gemma_serve.planning.phases import PHASE_TIMEOUTS_S
+from gemma_serve.planning.problem_topics import topic_of
 from gemma_serve.planning.settings import SETTINGS, Setting
 
-TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCS = Path(__file__).parent.parent / "docs"
+SETTINGS_PAGE = DOCS / "configuration.md"
+FAILURES_PAGE = DOCS / "diagnosis.md"
+BEGIN, END = "<!-- failures: begin -->\n", "<!-- failures: end -->\n"
 HEAD = """\
 # Settings
 
@@ -88,9 +95,22 @@ that you set yourself stays as it is: `VLLM_CACHE_ROOT`, `TORCHINDUCTOR_CACHE_DI
 | `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the others of `hf` | as `hf` reads them, see [access](access.md#mirrors-and-other-places) |
 """
 
+KINDS: dict[Kind, str] = {
+    "start": "A start fails",
+    "death": "A start fails, or an engine that was ready ends",
+    "request": "One request fails",
+}
+REMEDIES: dict[Remedy, str] = {
+    "shorten-context": "a shorter context",
+    "another-port": "the next free port",
+    "purge-compile-cache": "starts without what was compiled",
+    "wait-for-memory": "waits, then the same again",
+    "longer-ready-timeout": "a longer time-out",
+}
 
-def reference() -> str:
-    """The whole page."""
+
+def settings_page() -> str:
+    """The whole page of the settings."""
     phases = "".join(f"| {phase} | {limit:g} |\n" for phase, limit in PHASE_TIMEOUTS_S.items())
     return HEAD + "".join(map(_row, SETTINGS)) + TAIL.replace("@@phases@@\n", f"{phases}\n")
 
@@ -105,20 +125,53 @@ def _row(setting: Setting) -> str:
     if setting.name == "model":
         shown = ""
     cells = [f"`{setting.name}`", f"`{flag}`", f"`{setting.variable}`", shown, setting.help]
+    return _line(cells)
+
+
+def failures_page(page: str) -> str:
+    """The page of the failures with its table written anew; the rest of `page` stays."""
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    tables = "".join(line for kind in KINDS for line in _failure_lines(kind))
+    return f"{head}{BEGIN}{tables}\n{END}{tail}"
+
+
+def _failure_lines(kind: Kind) -> Iterator[str]:
+    yield f"\n### {KINDS[kind]}\n\n"
+    yield _line(["id", "what it is", "what mends it", "seen before the start", "`--auto-fix`"])
+    yield "|---|---|---|---|---|\n"
+    for failure in load_failures().failures:
+        if failure.kind == kind:
+            yield _line(_failure_cells(failure))
+
+
+def _failure_cells(failure: Failure) -> list[str]:
+    seen = "" if topic_of(failure.id) is None else "yes"
+    mended = "" if failure.remedy is None else REMEDIES[failure.remedy]
+    # The last of its templates is the one that needs no numbers of a log.
+    return [f"`{failure.id}`", failure.title, failure.fixes[-1], seen, mended]
+
+
+def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def main() -> int:
-    """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md.")
+    """Write the pages, or compare them."""
+    parser = argparse.ArgumentParser(description="Write the generated parts of docs/.")
     parser.add_argument("--check", action="store_true")
+    wanted = {
+        SETTINGS_PAGE: settings_page(),
+        FAILURES_PAGE: failures_page(FAILURES_PAGE.read_text()),
+    }
+    stale = [page for page, text in wanted.items() if page.read_text() != text]
     if parser.parse_args().check:
-        if TARGET.read_text() == reference():
-            return 0
-        print("docs/configuration.md is out of date: run python scripts/generate_reference.py")
-        return 1
-    TARGET.write_text(reference())
-    print(f"wrote {TARGET.name}", file=sys.stderr)
+        for page in stale:
+            print(f"docs/{page.name} is out of date: run python scripts/generate_reference.py")
+        return 1 if stale else 0
+    for page in stale:
+        page.write_text(wanted[page])
+        print(f"wrote {page.name}", file=sys.stderr)
     return 0
 
 

@@ -14,6 +14,8 @@ What it should do wrong comes as a JSON object in FAKE_ENGINE:
               hold_in_phase PHASE (one of those, or "imports": before the port is bound) with
               hold_file PATH (until that is gone; without it: for ever),
               compile (torch.compile's lines), print_bytes N (lines of so many bytes in all),
+              kv_room N (a longer --max-model-len dies with vLLM's words, which say N, or the
+              kv_room_said of it),
               print_nothing
     stopping: ignore_sigterm, grandchild "same-session|new-session" (ignores SIGTERM);
               with `--shutdown-timeout S` it ends at SIGTERM only when the requests in flight
@@ -38,6 +40,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -54,6 +57,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
+from typing import NoReturn
 
 FAULTS = json.loads(os.environ.get("FAKE_ENGINE") or "{}")
 ANSWERS = Path(__file__).parent.parent / "src" / "gemma_serve" / "data" / "answers.json"
@@ -82,6 +86,7 @@ class Engine:
         self.name = FAULTS.get("wrong_model", served[0])
         self.names = [self.name, *served[1:]]
         self.model = options.model
+        self.wanted_len = options.max_model_len
         self.max_model_len = FAULTS.get("max_model_len", options.max_model_len or 1024)
         self.key = options.api_key or os.environ.get("VLLM_API_KEY")
         self.stop = threading.Event()
@@ -485,6 +490,15 @@ def _hold(engine: Engine) -> None:
         continue
 
 
+def _find_no_room(wanted: int) -> NoReturn:
+    said = FAULTS.get("kv_room_said", FAULTS["kv_room"])
+    print(f"ValueError: To serve at least one request with the model's max seq len ({wanted}), "
+          "(2.0 GiB KV cache is needed, which is larger than the available KV cache memory "
+          "(1.0 GiB). Based on the available memory, the estimated maximum model length is "
+          f"{said}. Try increasing `gpu_memory_utilization`.", flush=True)  # fmt: skip
+    sys.exit(1)
+
+
 def _start(engine: Engine, port: int) -> None:
     """Log the phases of a start, and die in one if told to."""
     phases = _phases(engine.model, port)
@@ -501,6 +515,8 @@ def _start(engine: Engine, port: int) -> None:
             _hold(engine)
         if engine.stop.wait(FAULTS.get("start_delay_s", 0.0) / len(phases)):
             return
+        if phase == "kv cache" and (engine.wanted_len or 0) > FAULTS.get("kv_room", math.inf):
+            _find_no_room(engine.wanted_len)
         if phase == last:
             for line in FAULTS.get("log_file_lines", []):
                 print(line, flush=True)

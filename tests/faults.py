@@ -179,26 +179,26 @@ def _place(when: str) -> str:
     return {"ready": "ready", "mid-stream": "mid-stream"}.get(when, f"while {when}")
 
 
-_DIED, _KILLED = "engine.died", "supervisor.killed"
+_DIED, _ENDED, _KILLED = "engine.died", "engine-killed", "supervisor.killed"
 
 SIGNALS = [
     # the leader
-    _at("leader", KILL, "imports", 3, "failed", _DIED),
-    _at("leader", KILL, "configuration", 3, "failed", _DIED, detach=True),
-    _at("leader", KILL, "weights", 3, "failed", _DIED),
-    _at("leader", KILL, "compilation", 3, "failed", _DIED),
-    _at("leader", TERM, "weights", 3, "failed", _DIED),
-    _at("leader", KILL, "ready", 0, "failed", _DIED, detach=True),
-    _at("leader", INT, "ready", 3, "failed", _DIED),
-    _at("leader", KILL, "mid-stream", 3, "failed", _DIED, lost=1),
+    _at("leader", KILL, "imports", 3, "failed", _ENDED),
+    _at("leader", KILL, "configuration", 3, "failed", _ENDED, detach=True),
+    _at("leader", KILL, "weights", 3, "failed", _ENDED),
+    _at("leader", KILL, "compilation", 3, "failed", _ENDED),
+    _at("leader", TERM, "weights", 3, "failed", _ENDED),
+    _at("leader", KILL, "ready", 0, "failed", _ENDED, detach=True),
+    _at("leader", INT, "ready", 3, "failed", _ENDED),
+    _at("leader", KILL, "mid-stream", 3, "failed", _ENDED, lost=1),
     _at("leader", KILL, "draining", 143, "stopped", None, lost=1),
     _at("leader", KILL, "stopping", 143, "stopped", None),
     # the engine core
-    _at("core", KILL, "weights", 3, "failed", _DIED, detach=True),
-    _at("core", KILL, "compilation", 3, "failed", _DIED),
-    _at("core", KILL, "ready", 3, "failed", _DIED),
-    _at("core", TERM, "ready", 0, "failed", _DIED, detach=True),
-    _at("core", KILL, "mid-stream", 3, "failed", _DIED, lost=1),
+    _at("core", KILL, "weights", 3, "failed", _ENDED, detach=True),
+    _at("core", KILL, "compilation", 3, "failed", _ENDED),
+    _at("core", KILL, "ready", 3, "failed", _ENDED),
+    _at("core", TERM, "ready", 0, "failed", _ENDED, detach=True),
+    _at("core", KILL, "mid-stream", 3, "failed", _ENDED, lost=1),
     _at("core", KILL, "stopping", 143, "stopped", None),
     # the supervisor
     _at("supervisor", KILL, "imports", -9, "failed", _KILLED),
@@ -216,7 +216,7 @@ SIGNALS = [
     # the guard
     _at("guard", KILL, "weights", 3, "failed", _DIED),
     _at("guard", KILL, "ready", 0, "failed", _DIED, detach=True),
-    _at("guard", TERM, "ready", 3, "failed", _DIED),
+    _at("guard", TERM, "ready", 3, "failed", _ENDED),
     _at("guard", KILL, "draining", 143, "stopped", None, lost=1),
     _at("guard", KILL, "stopping", 143, "stopped", None),
 ]
@@ -410,7 +410,7 @@ def _two_at_once(stage: Stage) -> Harm:
 def _port_taken_before(stage: Stage) -> Harm:
     with socket.create_server(("127.0.0.1", stage.port)):
         said = heard(stage.up())
-    assert said.problems == ("port.in_use",), said
+    assert said.problems == ("port-in-use",), said
     return Harm(time.monotonic(), exit=said.code)
 
 
@@ -422,7 +422,7 @@ def _port_taken_meanwhile(stage: Stage) -> Harm:
     with socket.create_server(("127.0.0.1", stage.port)):
         held.unlink()
         said = heard(up)
-        assert "Address already in use" in said.messages[0], said
+        assert f"port {stage.port} is taken" in said.messages[0], said
     return Harm(time.monotonic(), exit=said.code)
 
 
@@ -681,7 +681,7 @@ OTHERS = [
     _does("dies-restarted", "SIGKILL to the leader, --restart on-failure: ready again; `stop`",
           _dies_and_is_restarted, 0, "stopped", flags=_LATER),
     _does("dies-too-often", "SIGKILL to the leader after every restart, until it is given up",
-          _dies_too_often, 3, "failed", _DIED, flags=_LATER),
+          _dies_too_often, 3, "failed", _ENDED, flags=_LATER),
     _does("prints-100-mb", "the engine prints 100 MB while it starts; `stop`", _prints_much, 143,
           "stopped", faults={"print_bytes": 100_000_000}),
     _does("prints-nothing", "the engine prints nothing: `status` tells it; imports limit 4 s",
@@ -692,7 +692,7 @@ OTHERS = [
           "stopped"),
     _does("port-taken", "the port is taken before", _port_taken_before, 1, "unknown"),
     _does("port-taken-meanwhile", "the port is taken between the check and the engine's bind",
-          _port_taken_meanwhile, 3, "failed", _DIED, faults={"hold_in_phase": "imports"}),
+          _port_taken_meanwhile, 3, "failed", "port-in-use", faults={"hold_in_phase": "imports"}),
     _does("disk-full", "the disk with state and log is full while it serves, then not; `stop`",
           _disk_full, 143, "stopped"),
     _does("disk-full-to-the-end", "the disk is full until the end, SIGTERM",

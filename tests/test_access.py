@@ -22,7 +22,7 @@ from gemma_serve.adapters import host
 from gemma_serve.adapters.hub.access import Repository, Token, ask_access
 from gemma_serve.adapters.hub.client import TIME_LIMIT_S, cache_folder
 from gemma_serve.adapters.hub.errors import offline_missing
-from gemma_serve.adapters.package_data import data_path
+from gemma_serve.adapters.package_data import data_path, load_failures
 from gemma_serve.cli import main
 from gemma_serve.errors import Problem
 from gemma_serve.planning.model.repo_files import RepoFile
@@ -58,14 +58,16 @@ NEEDED = ("config.json", "tokenizer.json", "model.safetensors")
 NEEDED_BYTES = sum(len(FILES[name]) for name in NEEDED)
 FREE = 10**12
 NO_TOKEN = Problem(
-    "hub.no_token",
-    f"{GATED} is gated, and no token is found to ask for it with",
+    "gated-no-token",
+    f"the model is gated, and no valid token was sent: {GATED} is gated, and no token is found to "
+    "ask for it with",
     f"accept the licence at https://huggingface.co/{GATED}, then run `hf auth login` or set "
     "HF_TOKEN",
 )
 NOT_ACCEPTED = Problem(
-    "hub.licence_not_accepted",
-    f"the account of this token has not accepted the licence of {GATED}",
+    "gated-no-licence",
+    "the token's account may not read this gated model: the account of this token has not "
+    f"accepted the licence of {GATED}",
     f"accept it at https://huggingface.co/{GATED} with that very account; it holds at once, no "
     "new token is needed",
 )
@@ -76,8 +78,9 @@ LACKS_PERMISSION = Problem(
     "contents of all public gated repos you can access`",
 )
 NOT_FOUND_ANONYMOUS = Problem(
-    "hub.not_found",
-    "`me/mine` is not on the Hub, or is private; the name of a model there, or a folder, is wanted",
+    "repo-not-found",
+    "there is no such model: `me/mine` is not on the Hub, or is private; the name of a model "
+    "there, or a folder, is wanted",
     "check the spelling: `gemma-serve models` lists the public Gemmas; if it is private, run `hf "
     "auth login` or set HF_TOKEN",
 )
@@ -252,8 +255,8 @@ def test_a_token_for_gated_models_is_not_asked_of_an_open_one(check: Check) -> N
 @pytest.mark.parametrize(
     ("token", "allowed", "told"),
     [
-        (None, None, ["hub.not_found"]),
-        (BOB, None, ["hub.not_found"]),
+        (None, None, ["repo-not-found"]),
+        (BOB, None, ["repo-not-found"]),
         (ALICE, True, []),
     ],
 )
@@ -271,9 +274,9 @@ def test_a_model_that_is_not_there(check: Check, hub: LocalHub) -> None:
     )
     [problem] = check("me/mine", token=BOB).problems
     assert problem == Problem(
-        "hub.not_found",
-        "`me/mine` is not on the Hub, or is private to others than this account; the name of a "
-        "model there, or a folder, is wanted",
+        "repo-not-found",
+        "there is no such model: `me/mine` is not on the Hub, or is private to others than this "
+        "account; the name of a model there, or a folder, is wanted",
         "check the spelling: `gemma-serve models` lists the public Gemmas",
     )
 
@@ -284,14 +287,14 @@ def test_a_typo_gets_the_nearest_gemma(check: Check, typed: str, token: str | No
     [problem] = check(typed, token=token).problems
     private = "" if token else "; if it is private, run `hf auth login` or set HF_TOKEN"
     assert (problem.code, problem.hint) == (
-        "hub.not_found",
+        "repo-not-found",
         f"did you mean `--model {GATED}`? If not: check the spelling: `gemma-serve models` lists "
         f"the public Gemmas{private}",
     )
 
 
 def test_a_name_that_no_hub_could_have(check: Check, hub: LocalHub) -> None:
-    assert codes(check("a/b/c")) == ["hub.not_found"]
+    assert codes(check("a/b/c")) == ["repo-not-found"]
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ def test_a_name_that_no_hub_could_have(check: Check, hub: LocalHub) -> None:
     [
         (OPEN, None, ["hub.revision_not_found"]),
         (GATED, ALICE, ["hub.revision_not_found"]),
-        (GATED, None, ["hub.revision_not_found", "hub.no_token"]),
+        (GATED, None, ["hub.revision_not_found", "gated-no-token"]),
     ],
 )
 def test_a_revision_that_is_not_there(
@@ -443,7 +446,7 @@ def test_a_model_that_is_not_gated_is_forbidden_whatever_its_name(
 def test_two_answers_that_are_no_are_both_told(check: Check, hub: LocalHub) -> None:
     hub.refuses = {"api": Refusal(429)}
     report = check(token=BOB)
-    assert codes(report) == ["hub.rate_limited", "hub.licence_not_accepted"]
+    assert codes(report) == ["hub.rate_limited", "gated-no-licence"]
     assert (report.reached, report.allowed, report.repository) == (True, False, None)
 
 
@@ -484,8 +487,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_offline_without_the_model(check: Check, hub: LocalHub) -> None:
+    missing = load_failures().titled(offline_missing(GATED, cache_folder()))
     assert check(token=ALICE) == AccessReport(
-        GATED, None, hub.url, offline=True, problems=(offline_missing(GATED, cache_folder()),)
+        GATED, None, hub.url, offline=True, problems=(missing,)
     )
     assert hub.asked == []
 
@@ -502,7 +506,7 @@ def test_offline_with_the_model(
     (folder / "model.safetensors").resolve().unlink()
     report = check(OPEN)
     assert report.cached is None
-    assert codes(report) == ["hub.offline_missing", "model.weights_broken"]
+    assert codes(report) == ["offline-cache-miss", "weights-truncated"]
 
 
 def test_what_is_cached_need_not_come_again(check: Check, hub: LocalHub) -> None:
@@ -535,13 +539,13 @@ def test_a_folder_needs_nobody(check: Check, hub: LocalHub, tmp_path: Path) -> N
     demo = str(data_path("demo"))
     assert check(demo) == AccessReport(demo, None, hub.url, is_folder=True)
     assert codes(check(str(tmp_path))) == ["model.no_config"]
-    assert codes(check(str(tmp_path / "none"))) == ["model.not_found"]
+    assert codes(check(str(tmp_path / "none"))) == ["repo-not-found"]
     assert hub.asked == []
 
 
 def test_a_known_gemma_that_this_hub_lacks_is_not_a_typo(check: Check, hub: LocalHub) -> None:
     [problem] = check("google/gemma-2b").problems
-    assert problem.code == "hub.not_found"
+    assert problem.code == "repo-not-found"
     assert problem.hint.startswith("it is on huggingface.co: see what HF_ENDPOINT")
 
 
@@ -578,7 +582,7 @@ def huge(model: str) -> bytes:
 def test_a_disk_that_is_too_small_is_said_beside_all_else(hub: LocalHub, tmp_path: Path) -> None:
     hub.answers = {"api": huge(GATED)}
     report = check_access(GATED)
-    assert codes(report) == ["hub.no_token", "hub.disk_full"]
+    assert codes(report) == ["gated-no-token", "disk-full"]
     assert report.problems[0] == NO_TOKEN
     assert report.disk is not None
     missing = 10**15 + len(CONFIG) + 2
@@ -593,7 +597,7 @@ def test_a_disk_that_is_too_small_is_said_beside_all_else(hub: LocalHub, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("spare", "told"), [(0, []), (-1, ["hub.disk_full"])], ids=["just enough", "a byte too few"]
+    ("spare", "told"), [(0, []), (-1, ["disk-full"])], ids=["just enough", "a byte too few"]
 )
 def test_the_margin_is_kept_free(
     check: Check, monkeypatch: pytest.MonkeyPatch, spare: int, told: list[str]
@@ -610,7 +614,7 @@ def test_what_was_begun_in_a_folder_takes_no_more_room(
     (to / ".model.safetensors.incomplete").write_bytes(WEIGHTS[:500])
     (to / "tokenizer.json").write_bytes(TOKENIZER)
     room = NEEDED_BYTES - 500 - len(TOKENIZER) + 256 * MIB
-    for free, told in ((room, []), (room - 1, ["hub.disk_full"])):
+    for free, told in ((room, []), (room - 1, ["disk-full"])):
         monkeypatch.setattr(host, "free_disk_bytes", lambda _, free=free: free)
         report = check(OPEN, to=to)
         assert codes(report) == told
@@ -679,7 +683,7 @@ def test_a_token_that_is_kept_back(
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     report = check(token=ALICE)
     assert report.token == Token("HF_TOKEN", is_sent=False)
-    assert codes(report) == ["hub.no_token"]
+    assert codes(report) == ["gated-no-token"]
     assert hub.tokens == {None}
 
 
@@ -687,8 +691,8 @@ def test_a_token_that_is_kept_back(
 
 
 @pytest.mark.parametrize(
-    ("token", "exit_code", "told"), [(None, 1, ["hub.no_token"]), (ALICE, 0, []),
-                                     (BOB, 1, ["hub.licence_not_accepted"])],
+    ("token", "exit_code", "told"), [(None, 1, ["gated-no-token"]), (ALICE, 0, []),
+                                     (BOB, 1, ["gated-no-licence"])],
 )  # fmt: skip
 def test_the_program_says_it_by_its_exit_code(
     hub: LocalHub,
@@ -801,7 +805,7 @@ def test_a_process_of_its_own(hub: LocalHub, tmp_path: Path) -> None:
     )
     told = json.loads(offline.stdout)
     assert (offline.returncode, told["data"]["offline"]) == (1, True)
-    assert [problem["code"] for problem in told["problems"]] == ["hub.offline_missing"]
+    assert [problem["code"] for problem in told["problems"]] == ["offline-cache-miss"]
 
 
 def test_without_a_model_it_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

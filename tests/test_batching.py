@@ -96,12 +96,12 @@ def test_the_default_batch_holds_the_largest_item_that_can_not_be_cut():
     # Still short requests bound it, and then vLLM does not start.
     found = batching(L4, SEES_VIDEO, max_model_len=1000, max_num_seqs=2)
     assert found.max_num_batched_tokens == 2000
-    assert [problem.code for problem in found.problems] == ["plan.mm_batch_too_small"]
+    assert [problem.code for problem in found.problems] == ["mm-batch-too-small"]
 
 
 def test_a_batch_that_can_not_hold_an_image_is_a_problem():
     (problem,) = batching(H100, SEES, max_num_batched_tokens=200, max_num_seqs=8).problems
-    assert problem.code == "plan.mm_batch_too_small"
+    assert problem.code == "mm-batch-too-small"
     assert problem.message == (
         "one image takes up to 256 tokens and can't be cut, but a batch holds 200"
     )
@@ -126,5 +126,5 @@ def test_without_chunked_prefill_a_batch_holds_a_whole_request():
 
 def test_more_requests_than_tokens_is_a_problem():
     (problem,) = batching(H100, max_num_batched_tokens=64, max_num_seqs=128).problems
-    assert problem.code == "plan.batched_tokens_too_few"
+    assert problem.code == "plan.batch_too_small"
     assert problem.hint == "say `--max-num-batched-tokens 128` or `--max-num-seqs 64`"

@@ -49,8 +49,8 @@ def check(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (NO_LIBRARY, "gpu.no_driver"),
-        (NOT_LOADED, "gpu.driver_not_loaded"),
+        (NO_LIBRARY, "no-gpu-visible"),
+        (NOT_LOADED, "no-gpu-visible"),
         (MISMATCH, "gpu.driver_mismatch"),
         (NO_PERMISSION, "gpu.no_permission"),
         (UNKNOWN_ERROR, "gpu.nvml"),
@@ -78,8 +78,8 @@ def test_no_driver_for_people() -> None:
     assert run.code == 1
     assert run.out == "No GPU.\n"
     assert run.err == (
-        "error: no NVIDIA driver is found (libnvidia-ml.so.1 is missing); vLLM wants one on a "
-        "GPU\n"
+        "error: no GPU is visible: no NVIDIA driver is found (libnvidia-ml.so.1 is missing); vLLM "
+        "wants one on a GPU\n"
         "hint: install the driver, or start the container with `--gpus all` and NVIDIA's "
         "container toolkit; without a GPU, plan for the CPU with `--device cpu`, or try "
         "`gemma-serve up --model demo`\n"
@@ -87,7 +87,7 @@ def test_no_driver_for_people() -> None:
 
 
 def test_a_driver_without_a_gpu(check: Check) -> None:
-    assert check("--json", gpus=[]).codes == ["gpu.none"]
+    assert check("--json", gpus=[]).codes == ["no-gpu-visible"]
 
 
 def test_a_lost_card_does_not_hide_the_others(check: Check) -> None:
@@ -96,7 +96,7 @@ def test_a_lost_card_does_not_hide_the_others(check: Check) -> None:
         errors={"nvmlDeviceGetHandleByIndex:0": LOST},
     )  # fmt: skip
     assert run.code == 0
-    assert run.codes == ["gpu.lost", "gpu.no_bf16"]
+    assert run.codes == ["gpu.lost", "bf16-unsupported"]
     assert [gpu["index"] for gpu in run.answer["data"]["gpus"]] == [1, 2]
     alone = check("--json", gpus=[H200], errors={"nvmlDeviceGetUUID:0": UNKNOWN_ERROR})
     assert (alone.code, alone.codes) == (1, ["gpu.broken"])
@@ -120,7 +120,7 @@ def test_what_a_card_cannot_tell_is_left_out(check: Check) -> None:
     [gpu] = older.answer["data"]["gpus"]
     assert (gpu["total_bytes"], gpu["used_bytes"]) == (143_771 * MIB, 616 * MIB)
     assert older.answer["data"]["driver_version"] is None
-    assert older.codes == ["gpu.driver_old"]
+    assert older.codes == ["driver-too-old"]
 
 
 def test_a_card_that_shares_main_memory(check: Check) -> None:
@@ -164,7 +164,7 @@ def test_a_card_held_by_an_engine_that_outlived_its_server(
     run = run_program("--json", gpus=[busy])
     assert run.code == 1
     [problem] = run.answer["problems"]
-    assert problem["code"] == "gpu.busy"
+    assert problem["code"] == "gpu-busy"
     assert f"VLLM::Engine (pid {orphan_engine}, 125.00 GiB)" in problem["message"]
     assert f"kill -9 {orphan_engine}" in problem["hint"]
     assert "--gpu-memory-utilization 0.09" in problem["hint"]
@@ -196,11 +196,11 @@ def test_mig_is_refused_and_another_card_is_taken(check: Check) -> None:
 @pytest.mark.parametrize(
     ("value", "visible", "code", "codes"),
     [
-        ("1", [False, True], 0, ["gpu.no_bf16"]),
+        ("1", [False, True], 0, ["bf16-unsupported"]),
         ("GPU-1111", [True, False], 0, []),
         ("0,5", [True, False], 0, ["gpu.visible_unknown"]),
-        ("", [False, False], 1, ["gpu.hidden"]),
-        ("MIG-GPU-1111/1/0", [False, False], 1, ["gpu.visible_mig"]),
+        ("", [False, False], 1, ["no-gpu-visible"]),
+        ("MIG-GPU-1111/1/0", [False, False], 1, ["visible-devices"]),
     ],
 )
 def test_cards_that_cuda_will_see(
@@ -220,12 +220,12 @@ def test_a_wish_that_cannot_be_met_is_wrong_usage(check: Check) -> None:
     same = check("--json", "--gpus", "0,0", gpus=[H200, T4])
     assert (same.code, same.codes) == (2, ["gpu.named_twice"])
     met = check("--json", "--tensor-parallel-size=2", "--gpus=1,0", gpus=[H200, T4])
-    assert (met.code, met.codes) == (0, ["gpu.mixed", "gpu.no_bf16"])
+    assert (met.code, met.codes) == (0, ["gpu.mixed", "bf16-unsupported"])
 
 
 def test_too_few_of_a_kind(check: Check) -> None:
     run = check("--json", "--tensor-parallel-size", "2", gpus=[H200, T4])
-    assert (run.code, run.codes) == (1, ["gpu.too_few"])
+    assert (run.code, run.codes) == (1, ["tp-too-big"])
 
 
 def test_settings_come_from_the_environment_too(check: Check) -> None:

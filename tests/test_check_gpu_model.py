@@ -281,7 +281,7 @@ def test_a_fixed_cache_may_go_beyond_the_share_and_not_beyond_the_card(check: Ch
     assert memory["requested_bytes"] == memory["total_bytes"] - memory["unused_bytes"]
     too_much = check(*more, "--kv-cache-memory-bytes", "150G", gpus=[H200])
     [problem] = too_much.answer["problems"]
-    assert (too_much.code, problem["code"]) == (1, "plan.does_not_fit")
+    assert (too_much.code, problem["code"]) == (1, "weights-oom")
     assert "KV cache 150.00 GiB) of 139.80 GiB" in problem["message"]
     # Every way out is one that can be typed.
     assert problem["hint"].startswith("say `--kv-cache-memory-bytes ")
@@ -293,7 +293,7 @@ def test_a_fixed_cache_may_go_beyond_the_share_and_not_beyond_the_card(check: Ch
 def test_what_does_not_fit_says_what_would(check: Check) -> None:
     run = check("--json", "-m", "google/gemma-3-27b-it", gpus=several(L4, 1))
     plan, alternatives = run.data["plan"], run.data["alternatives"]
-    assert (run.code, run.data["fit"], run.codes) == (1, "does_not_fit", ["plan.does_not_fit"])
+    assert (run.code, run.data["fit"], run.codes) == (1, "does_not_fit", ["weights-oom"])
     assert not run.answer["ok"]
     memory = plan["memory"]
     assert memory["weights_bytes"] > memory["requested_bytes"] == math.ceil(22_555 * MIB * 0.9)
@@ -318,7 +318,9 @@ def test_what_does_not_fit_says_what_would(check: Check) -> None:
             there = check("--json", "-m", "google/gemma-3-27b-it", *one["flags"].split())
             assert there.code == 0
     [problem] = run.answer["problems"]
-    assert problem["message"].startswith("google/gemma-3-27b-it does not fit NVIDIA L4: it takes ")
+    assert problem["message"].startswith(
+        "the GPU's memory is full: google/gemma-3-27b-it does not fit NVIDIA L4: it takes "
+    )
     assert problem["message"].endswith(" of 19.82 GiB (--gpu-memory-utilization 0.9)")
     nearest = next(one["flags"] for one in alternatives if one["kind"] == "model")
     assert f"take a Gemma that fits: `{nearest}`" in problem["hint"]
@@ -330,15 +332,18 @@ def test_what_does_not_fit_for_people(check: Check) -> None:
     assert " GiB too much\n" in run.out
     assert "what would fit" in run.out
     assert "KV cache: " not in run.out
-    assert run.err.startswith("error: google/gemma-3-27b-it does not fit NVIDIA L4: it takes ")
+    assert run.err.startswith(
+        "error: the GPU's memory is full: google/gemma-3-27b-it does not fit NVIDIA L4: it takes "
+    )
 
 
 def test_a_context_for_which_the_cache_is_too_small(check: Check) -> None:
     fixed = ["--kv-cache-memory-bytes", "1G"]
     run = check("--json", "-m", "google/gemma-7b-it", *fixed, "--max-model-len", "4096", gpus=[L4])
     [problem] = run.answer["problems"]
-    assert (run.code, problem["code"]) == (1, "plan.does_not_fit")
+    assert (run.code, problem["code"]) == (1, "kv-too-small")
     assert problem["message"].startswith(
+        "the KV cache is too small for one request of this length: "
         "one request of 4096 tokens needs 1.76 GiB of KV cache, and 1.00 GiB is left for it on "
         "NVIDIA L4 (weights 15.91 GiB, "
     )
@@ -347,7 +352,7 @@ def test_a_context_for_which_the_cache_is_too_small(check: Check) -> None:
     met = check("--json", "-m", "google/gemma-7b-it", *fixed, "--max-model-len", "2320", gpus=[L4])
     assert (met.code, met.data["plan"]["kv_cache"]["max_concurrency"]) == (0, 146 / 145)
     over = check("--json", "-m", "google/gemma-7b-it", *fixed, "--max-model-len", "2321", gpus=[L4])
-    assert over.codes == ["plan.does_not_fit"]
+    assert over.codes == ["kv-too-small"]
     left = check("--json", "-m", "google/gemma-7b-it", *fixed, gpus=[L4])
     assert (left.code, left.data["plan"]["max_model_len"]) == (0, 2304)
     assert left.data["plan"]["reasons"]["max_model_len"] == "the longest that fits"
@@ -358,8 +363,9 @@ def test_a_context_beyond_the_models_own(check: Check) -> None:
     assert (run.code, run.data["fit"]) == (1, "does_not_fit")
     assert run.answer["problems"] == [
         {
-            "code": "plan.longer_than_model",
-            "message": "--max-model-len 8193 is longer than google/gemma-7b-it was made for, "
+            "code": "len-over-derived",
+            "message": "the context is longer than the model was made for: "
+            "--max-model-len 8193 is longer than google/gemma-7b-it was made for, "
             "which is 8192 tokens",
             "hint": "say `--max-model-len 8192`",
         }
@@ -375,8 +381,9 @@ def test_a_split_that_the_heads_do_not_allow(check: Check) -> None:
     assert (run.code, run.data["fit"]) == (1, "does_not_fit")
     assert run.answer["problems"] == [
         {
-            "code": "plan.tensor_parallel_size",
-            "message": "--tensor-parallel-size 3 can't be: the model's 16 attention heads can't "
+            "code": "tp-heads",
+            "message": "the attention heads can't be split over so many GPUs: "
+            "--tensor-parallel-size 3 can't be: the model's 16 attention heads can't "
             "be split over 3",
             "hint": "say `--tensor-parallel-size 2`",
         }
@@ -389,7 +396,7 @@ def test_a_split_that_the_heads_do_not_allow(check: Check) -> None:
 def test_too_few_gpus_for_the_split(check: Check) -> None:
     argv = ["--json", "-m", "google/gemma-7b-it", "--tensor-parallel-size", "4"]
     run = check(*argv, gpus=several(H200, 2))
-    assert (run.code, run.codes) == (1, ["gpu.too_few"])
+    assert (run.code, run.codes) == (1, ["tp-too-big"])
 
 
 def test_the_fewest_gpus_on_which_it_fits_are_taken(check: Check) -> None:
@@ -412,7 +419,7 @@ def test_more_gpus_are_advised_where_one_was_fixed(check: Check) -> None:
     argv = ["--json", "-m", "google/gemma-3-27b-it", "--tensor-parallel-size"]
     run = check(*argv, "1", gpus=several(L4, 8))
     [problem] = run.answer["problems"]
-    assert (run.code, problem["code"]) == (1, "plan.does_not_fit")
+    assert (run.code, problem["code"]) == (1, "weights-oom")
     assert problem["hint"].startswith("say `--tensor-parallel-size 4`")
     assert check(*argv, "4", gpus=several(L4, 8)).code == 0
 
@@ -434,7 +441,7 @@ def test_the_smallest_of_mixed_gpus_sets_the_pace(check: Check) -> None:
     argv = ["--json", "-m", "google/gemma-2-2b-it", "--gpus", "0,1"]
     run = check(*argv, gpus=[{**L4, "bus": "00000000:01:00.0"}, T4])
     plan = run.data["plan"]
-    assert run.codes == ["gpu.mixed", "gpu.no_bf16"]
+    assert run.codes == ["gpu.mixed", "bf16-unsupported"]
     assert plan["memory"]["total_bytes"] == 14_917 * MIB
     assert plan["dtype"] == "float32"
 
@@ -442,7 +449,7 @@ def test_the_smallest_of_mixed_gpus_sets_the_pace(check: Check) -> None:
 def test_an_old_card_computes_gemma_3_in_float32_and_says_so(check: Check) -> None:
     run = check("--json", "-m", "google/gemma-3-4b-it", gpus=[T4])
     plan = run.data["plan"]
-    assert (run.code, run.codes) == (1, ["gpu.no_bf16", "plan.does_not_fit"])
+    assert (run.code, run.codes) == (1, ["bf16-unsupported", "weights-oom"])
     assert run.answer["problems"][0]["hint"] == (
         "it will be computed in float32, which takes twice the memory; a newer GPU needs half"
     )
@@ -450,7 +457,7 @@ def test_an_old_card_computes_gemma_3_in_float32_and_says_so(check: Check) -> No
     assert plan["memory"]["weights"]["embeddings_bytes"] == 262_208 * 2560 * 4
     assert plan["memory"]["weights_bytes"] == 18_408_310_756 > 4 * 4_300_079_472
     small = check("--json", "-m", "google/gemma-3-1b-it", gpus=[T4])
-    assert (small.code, small.codes, small.data["fit"]) == (0, ["gpu.no_bf16"], "fits")
+    assert (small.code, small.codes, small.data["fit"]) == (0, ["bf16-unsupported"], "fits")
     assert small.data["plan"]["dtype"] == "float32"
     assert small.data["plan"]["reasons"]["dtype"] == (
         "compute capability 7.5 has no bfloat16, and this Gemma is not stable in float16"
@@ -466,9 +473,9 @@ def test_an_old_card_computes_gemma_3_in_float32_and_says_so(check: Check) -> No
 @pytest.mark.parametrize(
     ("model", "dtype", "gpu", "code"),
     [
-        ("google/gemma-3-1b-it", "float16", H200, "model.no_fp16"),
-        ("google/gemma-2-2b-it", "half", H200, "model.no_fp16"),
-        ("google/gemma-2b-it", "bfloat16", T4, "gpu.no_bf16"),
+        ("google/gemma-3-1b-it", "float16", H200, "fp16-refused"),
+        ("google/gemma-2-2b-it", "half", H200, "fp16-refused"),
+        ("google/gemma-2b-it", "bfloat16", T4, "bf16-unsupported"),
     ],
 )
 def test_a_dtype_that_cannot_be(
@@ -493,7 +500,7 @@ def test_names_of_quantizations_are_those_of_the_version(check: Check) -> None:
 
 def test_a_busy_card_stands_against_a_start(check: Check) -> None:
     run = check("--json", "-m", "google/gemma-7b-it", gpus=[{**H200, "used": 100 * GIB}])
-    assert (run.code, run.codes) == (1, ["gpu.busy"])
+    assert (run.code, run.codes) == (1, ["gpu-busy"])
     [problem] = run.answer["problems"]
     beside = problem["hint"].split("`")[-2]
     assert beside == "--gpu-memory-utilization 0.28"
@@ -508,7 +515,7 @@ def test_a_busy_card_stands_against_a_start(check: Check) -> None:
 def test_without_a_gpu_it_is_said_which_would_do(check: Check, machine: dict[str, Any]) -> None:
     run = check("--json", "-m", "google/gemma-3-4b-it", **machine)
     assert run.code == 1
-    assert run.codes[0] in ("gpu.none", "gpu.no_driver")
+    assert run.codes[0] in ("no-gpu-visible", "no-gpu-visible")
     assert (run.data["fit"], run.data["plan"], run.data["gpus"]) == (None, None, [])
     assert run.data["model"]["parameters"] == 4_300_079_472
     kinds = [one["kind"] for one in run.data["alternatives"]]
@@ -611,9 +618,9 @@ def test_an_engine_that_is_too_old_for_the_model(check: Check) -> None:
     assert (run.code, run.data["fit"]) == (1, "does_not_fit")
     assert run.answer["problems"] == [
         {
-            "code": "model.engine_too_old",
-            "message": "vLLM 0.26.0 does not know the architecture VaultGemmaForCausalLM of "
-            "google/vaultgemma-1b",
+            "code": "arch-unsupported",
+            "message": "the installed vLLM has no such model architecture: vLLM 0.26.0 does not "
+            "know the architecture VaultGemmaForCausalLM of google/vaultgemma-1b",
             "hint": "install vLLM 0.27.1 or later",
         }
     ]
@@ -642,9 +649,11 @@ def test_flags_whose_memory_is_not_planned_make_the_verdict_a_guess(
     file = tmp_path / "a.yaml"
     file.write_text("model: google/gemma-3-27b-it\nengine_args: {cpu-offload-gb: 40}\n")
     run = check("--json", "--config", str(file), gpus=several(L4, 1))
-    assert (run.code, run.codes) == (1, ["plan.does_not_fit", "plan.not_planned"])
+    assert (run.code, run.codes) == (1, ["weights-oom", "plan.not_planned"])
     told = check("--config", str(file), gpus=several(L4, 1))
-    assert told.err.startswith("warning: google/gemma-3-27b-it does not fit NVIDIA L4")
+    assert told.err.startswith(
+        "warning: the GPU's memory is full: google/gemma-3-27b-it does not fit NVIDIA L4"
+    )
     # `up` may try: the plan is no more than warned of.
     assert check("--json", "--config", str(file), command="plan", gpus=[L4]).code == 0
 
@@ -734,11 +743,11 @@ def test_what_is_no_version_of_vllm_is_wrong_usage(check: Check, version: str) -
         (["-m", "RedHatAI/gemma-3-27b-it-quantized.w4a16", "--quantization", "fp8_per_tensor",
           "--for-gpu", "h200"], "plan.quantization"),
         (["-m", "google/gemma-4-26B-A4B-it", "--quantization", "fp8_per_channel",
-          "--for-gpu", "a100-80"], "plan.quantization"),
+          "--for-gpu", "a100-80"], "quant-capability"),
         (["-m", "google/gemma-4-26B-A4B-it", "--quantization", "nvfp4_per_token",
-          "--for-gpu", "h200"], "plan.quantization"),
+          "--for-gpu", "h200"], "quant-capability"),
         (["-m", "google/gemma-7b-it", "--gpu-memory-utilization", "1", "--for-gpu", "h200"],
-         "plan.does_not_fit"),
+         "weights-oom"),
     ],
 )  # fmt: skip
 def test_what_vllm_would_die_of_after_it_was_started_does_not_fit(
@@ -770,6 +779,6 @@ def test_a_config_alone_is_enough_for_a_plan_but_not_to_start(check: Check, tmp_
               "max_position_embeddings": 8192, "torch_dtype": "bfloat16"}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     run = check("--json", "-m", str(folder), "--for-gpu", "l4", "--engine-version", "0.32.0")
-    assert (run.code, run.codes) == (0, ["model.weights_missing"])
+    assert (run.code, run.codes) == (0, ["weights-missing"])
     assert run.data["plan"]["memory"]["weights_bytes"] == 5_016_539_426
     assert main(["plan", "--model", str(folder), "--for-gpu", "l4", "--json"]) == 1

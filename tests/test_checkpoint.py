@@ -88,7 +88,7 @@ def test_shards_are_those_that_the_index_names(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_weights(folder / "model-1.safetensors", size=10)
     reading = read_checkpoint(folder)
-    assert codes(reading) == ["model.weights_missing"]
+    assert codes(reading) == ["weights-missing"]
     assert reading.problems[0].blocking
     assert "1 of the 2 weight files" in reading.problems[0].message
     assert "model-2.safetensors" in reading.problems[0].message
@@ -110,7 +110,7 @@ def test_an_index_that_names_no_files(tmp_path: Path, index: dict[str, Any]) -> 
     folder = write_model(tmp_path / "m")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     [problem] = read_checkpoint(folder).problems
-    assert (problem.code, problem.blocking) == ("model.weights_missing", True)
+    assert (problem.code, problem.blocking) == ("weights-missing", True)
     assert "names no weight files" in problem.message
 
 
@@ -118,15 +118,15 @@ def test_damaged_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     write_weights(folder / "model.safetensors", size=1000, cut=1)
     [cut] = read_checkpoint(folder).problems
-    assert (cut.code, "is cut short" in cut.message) == ("model.weights_broken", True)
+    assert (cut.code, "is cut short" in cut.message) == ("weights-truncated", True)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000\n"
     (folder / "model.safetensors").write_text(pointer)
     broken = read_checkpoint(folder)
     [lfs] = broken.problems
-    assert (lfs.code, "git lfs pull" in lfs.hint) == ("model.weights_broken", True)
+    assert (lfs.code, "git lfs pull" in lfs.hint) == ("weights-truncated", True)
     assert (facts_of(broken).weights_bytes, facts_of(broken).tensors) == (None, ())
     (folder / "model.safetensors").unlink()
-    assert codes(read_checkpoint(folder)) == ["model.weights_missing"]
+    assert codes(read_checkpoint(folder)) == ["weights-missing"]
     (folder / "pytorch_model.bin").write_bytes(bytes(7))
     pickled = read_checkpoint(folder)
     assert pickled.problems == ()
@@ -139,7 +139,7 @@ def test_any_bytes_at_all_are_read_without_an_exception(
 ) -> None:
     folder = write_model(tmp_path_factory.mktemp("m", numbered=True))
     (folder / "model.safetensors").write_bytes(content)
-    assert codes(read_checkpoint(folder)) in (["model.weights_broken"], [])
+    assert codes(read_checkpoint(folder)) in (["weights-truncated"], [])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_header_of_another_shape_is_no_header(tmp_path: Path, header: dict[str
     folder = write_model(tmp_path / "m")
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-    assert codes(read_checkpoint(folder)) == ["model.weights_broken"]
+    assert codes(read_checkpoint(folder)) == ["weights-truncated"]
 
 
 def test_only_the_headers_are_read(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_only_the_headers_are_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    assert codes(read_checkpoint(tmp_path / "none")) == ["model.not_found"]
+    assert codes(read_checkpoint(tmp_path / "none")) == ["repo-not-found"]
     assert codes(read_checkpoint(tmp_path)) == ["model.no_config"]
     (tmp_path / "config.json").write_text("{")
     reading = read_checkpoint(tmp_path)
@@ -185,7 +185,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert (reading.facts, problem.blocking) == (None, True)
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert codes(read_checkpoint(tmp_path)) == ["model.no_config"]
-    assert codes(read_checkpoint(tmp_path / "config.json")) == ["model.not_found"]
+    assert codes(read_checkpoint(tmp_path / "config.json")) == ["repo-not-found"]
 
 
 @pytest.mark.parametrize(

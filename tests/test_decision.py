@@ -167,28 +167,28 @@ def test_a_gpu_that_vllm_has_no_kernels_for() -> None:
     report = judged("google/gemma-2b-it", "v100-32")
     assert not report.fits
     assert only_problem(report) == Problem(
-        "plan.gpu_too_old",
+        "no-kernel-image",
         "Tesla V100-SXM2-32GB has compute capability 7.0, for which vLLM's wheels hold no kernels",
         "take a GPU with compute capability 7.5 or newer",
     )
 
 
 FIXED = [
-    ("google/gemma-7b-it", "h200", {"max_model_len": 10_000}, "plan.longer_than_model",
+    ("google/gemma-7b-it", "h200", {"max_model_len": 10_000}, "len-over-derived",
      "say `--max-model-len 8192`"),
-    ("google/gemma-3-12b-it", "l4x4", {"tensor_parallel_size": 3}, "plan.tensor_parallel_size",
+    ("google/gemma-3-12b-it", "l4x4", {"tensor_parallel_size": 3}, "tp-heads",
      "say `--tensor-parallel-size 2`"),
-    ("google/gemma-3-27b-it", "l4x8", {"tensor_parallel_size": 6}, "plan.tensor_parallel_size",
+    ("google/gemma-3-27b-it", "l4x8", {"tensor_parallel_size": 6}, "tp-heads",
      "say `--tensor-parallel-size 4`"),
-    ("google/gemma-3-4b-it", "h200", {"max_num_batched_tokens": 128}, "plan.mm_batch_too_small",
+    ("google/gemma-3-4b-it", "h200", {"max_num_batched_tokens": 128}, "mm-batch-too-small",
      "say `--max-num-batched-tokens 256` or `--language-model-only`"),
     ("google/gemma-2-2b-it", "h200", {"max_num_seqs": 900, "max_num_batched_tokens": 512},
-     "plan.batched_tokens_too_few",
+     "plan.batch_too_small",
      "say `--max-num-batched-tokens 900` or `--max-num-seqs 512` or `--max-num-seqs 1024 "
      "--max-num-batched-tokens 8192`"),
-    ("google/gemma-2-2b-it", "h200", {"dtype": "float16"}, "model.no_fp16",
+    ("google/gemma-2-2b-it", "h200", {"dtype": "float16"}, "fp16-refused",
      "say `--dtype bfloat16`"),
-    ("google/gemma-2-2b-it", "t4", {"dtype": "float16"}, "model.no_fp16", "say `--dtype float32`"),
+    ("google/gemma-2-2b-it", "t4", {"dtype": "float16"}, "fp16-refused", "say `--dtype float32`"),
     ("google/gemma-3-1b-it", "t4", {"quantization": "fp8_per_tensor"}, "plan.quantization_dtype",
      "leave `--quantization` out"),
     ("google/gemma-3-27b-it", "h100", {"quantization": "fp8"}, "plan.quantization",
@@ -220,8 +220,8 @@ def test_a_hint_that_alone_will_not_do_says_so() -> None:
 def test_several_settings_at_once_where_no_single_one_would_do() -> None:
     report = judged("google/gemma-7b-it", "h200x4", max_model_len=9000, tensor_parallel_size=3)
     assert [(p.code, p.hint) for p in report.problems] == [
-        ("plan.longer_than_model", "say `--max-model-len 8192 --tensor-parallel-size 1`"),
-        ("plan.tensor_parallel_size", "say `--max-model-len 8192 --tensor-parallel-size 1`"),
+        ("len-over-derived", "say `--max-model-len 8192 --tensor-parallel-size 1`"),
+        ("tp-heads", "say `--max-model-len 8192 --tensor-parallel-size 1`"),
     ]
 
 
@@ -295,7 +295,7 @@ def test_flags_that_are_not_planned_make_a_guess_of_the_verdict() -> None:
     report = judged("google/gemma-3-27b-it", "l4", engine_args={"cpu-offload-gb": "40"})
     assert not report.fits
     assert [(p.code, p.blocking) for p in report.problems] == [
-        ("plan.does_not_fit", False),
+        ("weights-oom", False),
         ("plan.not_planned", False),
     ]
     # What vLLM refuses whatever the memory stays refused.
@@ -303,7 +303,7 @@ def test_flags_that_are_not_planned_make_a_guess_of_the_verdict() -> None:
         "google/gemma-3-27b-it", "l4", engine_args={"cpu-offload-gb": "40"}, dtype="float16"
     )
     assert [(p.code, p.blocking) for p in wrong.problems] == [
-        ("model.no_fp16", True),
+        ("fp16-refused", True),
         ("plan.not_planned", False),
     ]
 
@@ -317,7 +317,7 @@ def test_a_number_of_blocks_takes_the_memory_of_that_many() -> None:
     assert (few.capacity.num_blocks, few.memory.kv_cache_bytes) == (1000, 1000 * block)
     too_many = judged(model, "h200", engine_args={"num-gpu-blocks-override": "1000000"})
     assert not too_many.fits
-    assert only_problem(too_many).code == "plan.does_not_fit"
+    assert only_problem(too_many).code == "weights-oom"
 
 
 def test_more_gpus_than_there_are_do_not_fit() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_the_reference_of_settings_is_up_to_date():
+def test_the_references_of_settings_and_failures_are_up_to_date():
     command = [sys.executable, str(ROOT / "scripts" / "generate_reference.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
@@ -38,7 +38,7 @@ def test_the_readme_shows_every_command_and_only_flags_that_exist():
     ours = {setting.flag for setting in SETTINGS}
     others = {"--config", "--json", "--format", "--smoke-test", "--once", "--url", "--debug"}
     others |= {"--for-gpu", "--engine-version", "--device", "--force", "--family", "--fits"}
-    others |= {"--detach", "--follow", "--orphans"}
+    others |= {"--detach", "--follow", "--orphans", "--auto-fix"}
     shown = set(re.findall(r"gemma-serve [^\n`]*?(--[a-z-]+)", text))
     assert shown <= ours | others
 

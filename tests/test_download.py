@@ -336,7 +336,7 @@ def test_offline_the_cache_will_do_and_nobody_is_asked(
     assert bring() == replace(first, fetched_bytes=0, duration_s=pytest.approx(0, abs=30))
     assert hub.asked == []
     shutil.rmtree(cache())
-    assert refused()[0] == ["hub.offline_missing"]
+    assert refused()[0] == ["offline-cache-miss"]
     assert hub.asked == []
 
 
@@ -422,7 +422,7 @@ def test_the_newer_one_is_fetched_where_that_is_wanted(
 
 
 @pytest.mark.parametrize(
-    ("hindrance", "code"), [("disk", "hub.disk_full"), ("licence", "hub.no_token")]
+    ("hindrance", "code"), [("disk", "disk-full"), ("licence", "gated-no-token")]
 )
 def test_what_keeps_the_newer_one_away_is_a_warning_unless_it_is_wanted(
     hub: LocalHub,
@@ -472,7 +472,7 @@ def test_no_name_in_a_listing_leads_out_of_the_folder(
         assert result.files == listed(in_order(SHORT))
         assert contents(result.folder) == dict(sorted(SHORT.items()))
     else:
-        assert refused(to=to)[0] == ["model.weights_missing"]
+        assert refused(to=to)[0] == ["weights-missing"]
     assert outside(tmp_path) == set()
     found = {p.name for p in tmp_path.rglob("*")}
     assert found & {"evil.bin", "x.json", "abs.json", "y.json"} == set()
@@ -724,7 +724,7 @@ def test_a_weight_file_that_is_broken_on_the_hub_is_refused(hub: LocalHub) -> No
     broken = {**WANTED, SECOND: random.Random(1).randbytes(2 * CHUNK)}
     hub.repos = {NAME: Repo(broken)}
     codes, told = refused()
-    assert codes == ["model.weights_broken"]
+    assert codes == ["weights-truncated"]
     assert SECOND in told
     assert_nothing_half(broken)
 
@@ -733,7 +733,7 @@ def test_a_shard_that_the_repository_lacks_is_said(hub: LocalHub) -> None:
     lacking = {name: content for name, content in WANTED.items() if name != SECOND}
     hub.repos = {NAME: Repo(lacking)}
     codes, told = refused()
-    assert codes == ["model.weights_missing"]
+    assert codes == ["weights-missing"]
     assert SECOND in told
     assert_nothing_half(lacking)
 
@@ -820,8 +820,8 @@ def test_offline_a_damaged_shard_is_refused_by_name(
         bring()
     assert caught.value.exit_code == 1
     codes = [problem.code for problem in caught.value.problems]
-    gone = "model.weights_missing" if damage in ("removed", "dangling") else "model.weights_broken"
-    assert codes in ([gone], ["hub.offline_missing", gone])
+    gone = "weights-missing" if damage in ("removed", "dangling") else "weights-truncated"
+    assert codes in ([gone], ["offline-cache-miss", gone])
     assert SECOND in caught.value.problems[-1].message
     assert hub.asked == []
 
@@ -970,8 +970,8 @@ def test_a_full_disk_is_said_before_the_first_byte(short: LocalHub) -> None:
             file["size"] = file["lfs"]["size"] = 10**15
     short.answers = {"api": json.dumps(listing).encode()}
     codes, message = refused()
-    assert codes == ["hub.disk_full"]
-    assert message.startswith("931322.57 GiB are to be downloaded")
+    assert codes == ["disk-full"]
+    assert message.startswith("the disk is full: 931322.57 GiB are to be downloaded")
     assert [r for r in short.requests if r.name in SHORT and r.name != "config.json"] == []
     assert not repo_folder().exists()
 
@@ -1011,7 +1011,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_came(short: LocalHub, small_
     codes, told = refused(cache_dir=small_disk)
     helper.join()
     begun = partial(ONE, SHORT, small_disk)
-    assert codes == ["hub.disk_full"]
+    assert codes == ["disk-full"]
     assert str(begun) in told
     kept = begun.stat().st_size
     # Of the last chunk as much as there was room for.
@@ -1043,7 +1043,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk(short: LocalHub, tmp_path: Path
     )
     answer = json.loads(done.stdout.splitlines()[-1])
     assert (done.returncode, done.stderr) == (1, "")
-    assert [problem["code"] for problem in answer["problems"]] == ["hub.disk_full"]
+    assert [problem["code"] for problem in answer["problems"]] == ["disk-full"]
     assert partial(ONE, SHORT, home / "hub").stat().st_size == limit
     assert_nothing_half(SHORT, home / "hub")
     forget(short)
@@ -1129,8 +1129,8 @@ def test_a_folder_is_gone_on_with(hub: LocalHub, tmp_path: Path) -> None:
     assert caught.value.exit_code == 1
     assert list(caught.value.problems) == [
         Problem(
-            "model.weights_missing",
-            f"the download of {NAME} into {to} did not end",
+            "weights-missing",
+            f"weights of the model are missing: the download of {NAME} into {to} did not end",
             f"run it again: `gemma-serve download --model {NAME} --revision {commit} --to {to}`",
         )
     ]
@@ -1154,7 +1154,7 @@ def test_what_was_begun_in_a_folder_counts_against_the_room_for_the_rest(
     hub.faults.clear()
     room = sum(map(len, WANTED.values())) - here + 256 * 2**20
     monkeypatch.setattr(host, "free_disk_bytes", lambda _: room - 1)
-    assert refused(to=to)[0] == ["hub.disk_full"]
+    assert refused(to=to)[0] == ["disk-full"]
     monkeypatch.setattr(host, "free_disk_bytes", lambda _: room)
     bring(to=to)
     assert contents(to) == dict(sorted(WANTED.items()))
@@ -1168,7 +1168,7 @@ def test_offline_a_full_disk_is_said_before_a_file_is_copied(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(host, "free_disk_bytes", lambda _: 0)
     to = tmp_path / "model"
-    assert refused(to=to)[0] == ["hub.disk_full"]
+    assert refused(to=to)[0] == ["disk-full"]
     assert not to.exists()
     assert hub.asked == []
 
@@ -1307,10 +1307,11 @@ def test_a_folder_is_verified_wherever_it_was_carried(hub: LocalHub, tmp_path: P
         verify(moved)
     assert [(problem.code, problem.message) for problem in caught.value.problems] == [
         (
-            "model.weights_broken",
-            f"{moved / FIRST} is damaged: its checksum is not the one that the Hub promises",
+            "weights-truncated",
+            f"a file of weights is cut short or damaged: {moved / FIRST} is damaged: its checksum "
+            "is not the one that the Hub promises",
         ),
-        ("model.weights_missing", f"{moved / SECOND} is missing"),
+        ("weights-missing", f"weights of the model are missing: {moved / SECOND} is missing"),
     ]
     assert caught.value.exit_code == 1
     assert hub.asked == []

@@ -51,7 +51,7 @@ def test_a_busy_card_names_its_holders_and_what_would_work() -> None:
     gpu = make_gpu(0, total=47.5, used=20, processes=held)
     assert problems_of(gpu, needed=15.9) == (
         Problem(
-            "gpu.busy",
+            "gpu-busy",
             "GPU 0 has 27.50 GiB of 47.50 GiB free, and vLLM wants 42.75 GiB of it "
             "(--gpu-memory-utilization 0.9); it is held by unknown (pid 9, 11.00 GiB) and "
             "python3 (pid 7, 5.00 GiB) and processes that can't be seen from here (4.00 GiB)",
@@ -122,7 +122,7 @@ def test_advised_shares_are_free_of_problems(
     used = total * used_percent // 100
     gpu = dataclasses.replace(FOUR[0], total_bytes=total, used_bytes=used, free_bytes=total - used)
     for problem in problems_of(gpu, utilization=utilization / 100):
-        if problem.code == "gpu.busy" and "utilization" in problem.hint:
+        if problem.code == "gpu-busy" and "utilization" in problem.hint:
             advised = float(problem.hint.rsplit(" ", 1)[1].strip("`"))
             assert problems_of(gpu, utilization=advised) == ()
             assert requested_bytes(gpu, advised) + CONTEXT_BYTES <= gpu.free_bytes + 1
@@ -131,7 +131,7 @@ def test_advised_shares_are_free_of_problems(
 def test_too_few_and_mixed() -> None:
     [problem] = problems_of(make_gpu(0), parallel=2)
     assert (problem.code, problem.hint) == (
-        "gpu.too_few",
+        "tp-too-big",
         "say `--tensor-parallel-size 1`, or choose a smaller model",
     )
     [mixed, _old] = problems_of(make_gpu(0), make_t4(1), parallel=2)
@@ -161,7 +161,7 @@ def test_bfloat16_needs_a_newer_card(
 ) -> None:
     assert problems_of(make_gpu(0), make_t4(1), dtype=dtype, engine_dtype=engine_dtype)[1:] == (
         Problem(
-            "gpu.no_bf16",
+            "bf16-unsupported",
             "GPU 1 (Tesla T4) has compute capability 7.5; bfloat16, in which Gemma is published, "
             "wants 8.0 or newer",
             hint,

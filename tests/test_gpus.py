@@ -40,22 +40,22 @@ def test_usual_choices_are_seen_without_a_word(value: str | None, indices: list[
 @pytest.mark.parametrize(
     ("value", "indices", "code", "blocking"),
     [
-        ("", [], "gpu.hidden", True),
-        ("-1", [], "gpu.hidden", True),
-        ("-1,0", [], "gpu.hidden", True),
+        ("", [], "no-gpu-visible", True),
+        ("-1", [], "no-gpu-visible", True),
+        ("-1,0", [], "no-gpu-visible", True),
         ("0,2,-1,1", [0, 2], "gpu.visible_unknown", False),
         ("0,7,1", [0], "gpu.visible_unknown", False),
-        ("7", [], "gpu.visible_unknown", True),
+        ("7", [], "no-gpu-visible", True),
         ("0,", [0], "gpu.visible_unknown", False),
-        ("NoDevFiles", [], "gpu.visible_unknown", True),
-        ("0,GPU-1a", [0], "gpu.visible_unknown", False),  # kinds don't mix
+        ("NoDevFiles", [], "no-gpu-visible", True),
+        ("0,GPU-1a", [0], "visible-devices", False),  # kinds don't mix
         ("GPU-1a,0", [1], "gpu.visible_unknown", False),
-        ("GPU-ffff", [], "gpu.visible_unknown", True),
-        ("1,1", [], "gpu.visible_twice", True),
-        ("GPU-1a,GPU-1a2b", [], "gpu.visible_twice", True),
-        ("GPU-", [], "gpu.visible_ambiguous", True),
-        ("MIG-4a5b6c7d", [], "gpu.visible_mig", True),
-        ("1,MIG-4a5b6c7d", [1], "gpu.visible_mig", False),
+        ("GPU-ffff", [], "visible-devices", True),
+        ("1,1", [], "no-gpu-visible", True),
+        ("GPU-1a,GPU-1a2b", [], "no-gpu-visible", True),
+        ("GPU-", [], "visible-devices", True),
+        ("MIG-4a5b6c7d", [], "visible-devices", True),
+        ("1,MIG-4a5b6c7d", [1], "visible-devices", False),
     ],
 )
 def test_odd_choices_are_seen_as_cuda_does_and_explained(
@@ -72,7 +72,7 @@ def test_odd_choices_are_seen_as_cuda_does_and_explained(
 def test_an_odd_choice_in_full() -> None:
     assert visible_gpus(TWINS, "GPU-89").problems == (
         Problem(
-            "gpu.visible_ambiguous",
+            "visible-devices",
             'in CUDA_VISIBLE_DEVICES="GPU-89", "GPU-89" is the beginning of more than one UUID '
             "(GPUs 0 and 1), so CUDA sees no GPU",
             "give numbers among 0,1: `export CUDA_VISIBLE_DEVICES=0`",

@@ -167,12 +167,12 @@ def test_another_kind_of_model_is_a_warning_and_its_size_is_known(ask: Any) -> N
     [
         (400, None, "hub.unreachable", False),
         (401, None, "hub.no_token", False),
-        (401, "RepoNotFound", "hub.not_found", True),
-        (401, "GatedRepo", "hub.no_token", False),
-        (403, "GatedRepo", "hub.no_token", False),
+        (401, "RepoNotFound", "repo-not-found", True),
+        (401, "GatedRepo", "gated-no-token", False),
+        (403, "GatedRepo", "gated-no-token", False),
         (403, None, "hub.forbidden", False),
-        (404, None, "hub.not_found", True),
-        (404, "RepoNotFound", "hub.not_found", True),
+        (404, None, "repo-not-found", True),
+        (404, "RepoNotFound", "repo-not-found", True),
         (404, "RevisionNotFound", "hub.revision_not_found", True),
         (429, None, "hub.rate_limited", False),
         (500, None, "hub.server_error", False),
@@ -193,7 +193,7 @@ def test_the_hub_says_no(
 
 
 @pytest.mark.parametrize(
-    ("token", "code"), [(None, "hub.no_token"), ("hf_of_somebody", "hub.licence_not_accepted")]
+    ("token", "code"), [(None, "gated-no-token"), ("hf_of_somebody", "gated-no-licence")]
 )
 def test_a_licence_that_is_not_accepted(
     ask: Any, monkeypatch: pytest.MonkeyPatch, token: str | None, code: str
@@ -211,7 +211,7 @@ def test_a_licence_that_is_not_accepted(
 def test_a_token_that_is_kept_back_is_none(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    for refusal, code in (("GatedRepo", "hub.no_token"), ("RepoNotFound", "hub.not_found")):
+    for refusal, code in (("GatedRepo", "gated-no-token"), ("RepoNotFound", "repo-not-found")):
         hub = LocalHub(ONE_FILE, refuses={"config.json": Refusal(401, refusal)})
         assert codes(ask(hub)) == [code]
         assert hub.tokens == {None}
@@ -242,7 +242,7 @@ def test_a_model_without_a_config(ask: Any) -> None:
 def test_a_broken_header(ask: Any, content: bytes) -> None:
     reading = ask(LocalHub({**ONE_FILE, "model.safetensors": content}))
     [problem] = reading.problems
-    assert (reading.facts, problem.code, problem.blocking) == (None, "model.weights_broken", True)
+    assert (reading.facts, problem.code, problem.blocking) == (None, "weights-truncated", True)
 
 
 @pytest.mark.parametrize("stage", ["api", "config.json"])
@@ -330,7 +330,7 @@ def test_the_token_goes_to_the_hub_and_into_no_message(
 
 
 def test_a_name_that_no_hub_could_have() -> None:
-    assert codes(read_hub("a/b/c")) == ["hub.not_found"]
+    assert codes(read_hub("a/b/c")) == ["repo-not-found"]
 
 
 def test_the_weights_of_a_folder_and_of_the_hub_are_damaged_alike(ask: Any, tmp_path: Path) -> None:
@@ -340,4 +340,4 @@ def test_the_weights_of_a_folder_and_of_the_hub_are_damaged_alike(ask: Any, tmp_
     for broken in (b"", b"short", file.read_bytes()[:20]):
         file.write_bytes(broken)
         hub = LocalHub({"config.json": CONFIG, "model.safetensors": broken})
-        assert codes(ask(hub)) == codes(read_checkpoint(tmp_path)) == ["model.weights_broken"]
+        assert codes(ask(hub)) == codes(read_checkpoint(tmp_path)) == ["weights-truncated"]

@@ -32,19 +32,19 @@ ANONYMOUS, SIGNED_IN = Asked(MODEL), Asked(MODEL, has_token=True)
 # What becomes of each error of `huggingface_hub.errors` when it is raised for somebody without a
 # token. A name that stands neither here nor below is new: decide what users are to be told.
 HUB_CODES = {
-    "CacheNotFound": "hub.offline_missing",
-    "CachedRepoTreeNotFoundError": "hub.offline_missing",
-    "IncompleteSnapshotError": "hub.offline_missing",
-    "LocalEntryNotFoundError": "hub.offline_missing",
-    "OfflineModeIsEnabled": "hub.offline_missing",
-    "RevisionResolutionError": "hub.offline_missing",
+    "CacheNotFound": "offline-cache-miss",
+    "CachedRepoTreeNotFoundError": "offline-cache-miss",
+    "IncompleteSnapshotError": "offline-cache-miss",
+    "LocalEntryNotFoundError": "offline-cache-miss",
+    "OfflineModeIsEnabled": "offline-cache-miss",
+    "RevisionResolutionError": "offline-cache-miss",
     "CorruptedCacheException": "hub.cache_corrupt",
-    "HFValidationError": "hub.not_found",
-    "HfUriError": "hub.not_found",
-    "RepositoryNotFoundError": "hub.not_found",
+    "HFValidationError": "repo-not-found",
+    "HfUriError": "repo-not-found",
+    "RepositoryNotFoundError": "repo-not-found",
     "RevisionNotFoundError": "hub.revision_not_found",
-    "GatedRepoError": "hub.no_token",
-    "LocalTokenNotFoundError": "hub.no_token",
+    "GatedRepoError": "gated-no-token",
+    "LocalTokenNotFoundError": "gated-no-token",
     "OIDCError": "hub.no_token",
     "DeviceCodeError": "hub.invalid_token",
     "XetError": "hub.unreachable",
@@ -53,8 +53,8 @@ HUB_CODES = {
     "DisabledRepoError": "hub.forbidden",
     "EntryNotFoundError": "model.no_config",
     "RemoteEntryNotFoundError": "model.no_config",
-    "NotASafetensorsRepoError": "model.weights_broken",
-    "SafetensorsParsingError": "model.weights_broken",
+    "NotASafetensorsRepoError": "weights-truncated",
+    "SafetensorsParsingError": "weights-truncated",
     "BadRequestError": "hub.unreachable",
     "FileMetadataError": "hub.unreachable",
     "XetDownloadError": "hub.unreachable",
@@ -230,10 +230,10 @@ def test_what_nobody_has_heard_of_is_told_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("number", "file", "code"),
     [
-        (errno.ENOSPC, "/d/x", "hub.disk_full"),
-        (errno.EDQUOT, "/d/x", "hub.disk_full"),
-        (errno.EFBIG, "/d/x", "hub.disk_full"),
-        (errno.ENOSPC, None, "hub.disk_full"),
+        (errno.ENOSPC, "/d/x", "disk-full"),
+        (errno.EDQUOT, "/d/x", "disk-full"),
+        (errno.EFBIG, "/d/x", "disk-full"),
+        (errno.ENOSPC, None, "disk-full"),
         (errno.EACCES, "/d/x", "hub.cache_unwritable"),
         (errno.EPERM, "/d/x", "hub.cache_unwritable"),
         (errno.EROFS, "/d/x", "hub.cache_unwritable"),
@@ -255,7 +255,7 @@ def test_what_the_system_refuses(number: int, file: str | None, code: str) -> No
 def test_a_full_disk_keeps_what_came() -> None:
     assert problem_for(OSError(errno.ENOSPC, "No space left on device", "/d/x"), ANONYMOUS) == (
         Problem(
-            "hub.disk_full",
+            "disk-full",
             "the disk has no room left for /d/x: No space left on device; what came so far is kept",
             "free some space and run the same command again: it goes on where it stopped",
         )
@@ -270,10 +270,10 @@ def test_no_answer_in_time() -> None:
 @pytest.mark.parametrize(
     ("status", "headers", "asked", "code", "told"),
     [
-        (401, {}, ANONYMOUS, "hub.not_found", "is private"),
+        (401, {}, ANONYMOUS, "repo-not-found", "is private"),
         (401, {}, SIGNED_IN, "hub.invalid_token", "does not take the token"),
-        (401, {"X_Error_Code": "RepoNotFound"}, ANONYMOUS, "hub.not_found", "is private"),
-        (401, {"X_Error_Code": "GatedRepo"}, ANONYMOUS, "hub.no_token", "is gated"),
+        (401, {"X_Error_Code": "RepoNotFound"}, ANONYMOUS, "repo-not-found", "is private"),
+        (401, {"X_Error_Code": "GatedRepo"}, ANONYMOUS, "gated-no-token", "is gated"),
         (
             401,
             {"X_Error_Message": "Invalid credentials in Authorization header"},
@@ -282,7 +282,7 @@ def test_no_answer_in_time() -> None:
             "does not take the token",
         ),
         (403, {}, SIGNED_IN, "hub.forbidden", "HTTP 403"),
-        (403, {"X_Error_Code": "GatedRepo"}, SIGNED_IN, "hub.licence_not_accepted", "licence of"),
+        (403, {"X_Error_Code": "GatedRepo"}, SIGNED_IN, "gated-no-licence", "licence of"),
         (
             403,
             {
@@ -290,7 +290,7 @@ def test_no_answer_in_time() -> None:
                 "X_Error_Message": "Your request to access model x is awaiting a review.",
             },
             SIGNED_IN,
-            "hub.licence_not_accepted",
+            "gated-no-licence",
             "still awaits",
         ),
         (
@@ -308,8 +308,8 @@ def test_no_answer_in_time() -> None:
             "hub.forbidden",
             "disabled",
         ),
-        (404, {}, SIGNED_IN, "hub.not_found", "HTTP 404"),
-        (404, {"X_Error_Code": "RepoNotFound"}, SIGNED_IN, "hub.not_found", "this account"),
+        (404, {}, SIGNED_IN, "repo-not-found", "HTTP 404"),
+        (404, {"X_Error_Code": "RepoNotFound"}, SIGNED_IN, "repo-not-found", "this account"),
         (404, {"X_Error_Code": "RevisionNotFound"}, ANONYMOUS, "hub.revision_not_found", "`main`"),
         (404, {"X_Error_Code": "EntryNotFound"}, ANONYMOUS, "model.no_config", "config.json"),
         (400, {}, ANONYMOUS, "hub.unreachable", "HTTP 400"),
@@ -378,10 +378,10 @@ def test_a_pause_that_is_no_number_is_left_out() -> None:
     [
         (TRANSPORT.ConnectError("refused"), "hub.unreachable"),
         (TRANSPORT.ReadTimeout("slow"), "hub.unreachable"),
-        (errors.OfflineModeIsEnabled("offline"), "hub.offline_missing"),
-        (OSError(errno.ENOSPC, "full"), "hub.disk_full"),
+        (errors.OfflineModeIsEnabled("offline"), "offline-cache-miss"),
+        (OSError(errno.ENOSPC, "full"), "disk-full"),
         (errors.HfHubHTTPError("no", response=answer(429)), "hub.rate_limited"),
-        (errors.GatedRepoError("no", response=answer(403)), "hub.no_token"),
+        (errors.GatedRepoError("no", response=answer(403)), "gated-no-token"),
         (WrongContentError("model.safetensors", "other bytes"), "hub.wrong_content"),
         (NotTheHubError("html"), "hub.unreachable"),
     ],
@@ -406,7 +406,7 @@ def test_what_lies_under_not_being_in_the_cache_is_told(
 
 
 def test_without_a_cause_the_cache_lacks_it() -> None:
-    assert problem_for(errors.LocalEntryNotFoundError("x"), ANONYMOUS).code == "hub.offline_missing"
+    assert problem_for(errors.LocalEntryNotFoundError("x"), ANONYMOUS).code == "offline-cache-miss"
 
 
 @pytest.mark.parametrize("known", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "file", "nowhere"])

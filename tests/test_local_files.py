@@ -172,14 +172,14 @@ def test_a_shard_that_is_cut_short_is_noticed_by_its_header(cache: Cache) -> Non
     os.truncate(cache.path(SECOND), 1500)
     assert cache.find() is None
     (problem,) = problems_of_cached(NAME, None, cache.folder)
-    assert problem.code == "model.weights_broken"
+    assert problem.code == "weights-truncated"
     assert str(cache.snapshot / SECOND) in problem.message
 
 
 def test_a_missing_shard_is_named(cache: Cache) -> None:
     cache.fill({name: content for name, content in FILES.items() if name != SECOND})
     (problem,) = problems_of_cached(NAME, None, cache.folder)
-    assert problem.code == "model.weights_missing"
+    assert problem.code == "weights-missing"
     assert SECOND in problem.message
 
 
@@ -294,7 +294,7 @@ def test_a_model_without_a_tokenizer_is_none_to_serve(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes(b"{}")
     problem = tokenizer_problem("m", names_in(tmp_path))
     assert problem is not None
-    assert (problem.code, problem.blocking) == ("model.no_tokenizer", True)
+    assert (problem.code, problem.blocking) == ("tokenizer-missing", True)
     assert problem.message == (
         "m has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt"
     )

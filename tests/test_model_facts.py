@@ -127,9 +127,9 @@ def test_a_revision_that_the_hub_does_not_have_is_not_guessed_at(hub: LocalHub) 
 def test_a_licence_to_accept_first(hub: LocalHub) -> None:
     hub.refuses = {"config.json": Refusal(403, "GatedRepo")}
     other = find_model_facts(OTHER)
-    assert (other.facts, codes(other)) == (None, ["hub.no_token", "model.size_unknown"])
+    assert (other.facts, codes(other)) == (None, ["gated-no-token", "model.size_unknown"])
     known = find_model_facts(KNOWN, "v1.1")
-    assert (facts_of(known).source, codes(known)) == ("catalogue", ["hub.no_token"])
+    assert (facts_of(known).source, codes(known)) == ("catalogue", ["gated-no-token"])
 
 
 def test_of_what_nobody_knows_the_size_is_a_problem(hub: LocalHub) -> None:
@@ -167,7 +167,7 @@ def test_a_typo_gets_a_suggestion(
 ) -> None:
     hub.refuses = {"api": Refusal(401, "RepoNotFound")}
     [problem] = find_model_facts(typed).problems
-    assert (problem.code, problem.blocking) == ("hub.not_found", True)
+    assert (problem.code, problem.blocking) == ("repo-not-found", True)
     assert problem.hint == (
         f"did you mean `--model {meant}`? If not: check the spelling: `gemma-serve models` lists "
         "the public Gemmas; if it is private, run `hf auth login` or set HF_TOKEN"
@@ -181,7 +181,7 @@ def test_a_typo_gets_a_suggestion(
 def test_what_is_like_nothing_gets_no_suggestion(hub: LocalHub) -> None:
     hub.refuses = {"api": Refusal(404, "RepoNotFound")}
     [problem] = find_model_facts("meta-llama/Llama-3.1-8B").problems
-    assert problem.code == "hub.not_found"
+    assert problem.code == "repo-not-found"
     assert "did you mean" not in problem.hint
 
 
@@ -224,7 +224,7 @@ def test_a_folder_goes_before_a_name(
         assert (facts.model, facts.source, reading.problems) == (name, "folder", ())
         assert (facts.weights_bytes, facts.entry) == (1000, None)
     missing = find_model_facts("./none")
-    assert (missing.facts, codes(missing)) == (None, ["model.not_found"])
+    assert (missing.facts, codes(missing)) == (None, ["repo-not-found"])
     assert hub.asked == []
 
 

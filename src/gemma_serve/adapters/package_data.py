@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gemma_serve.planning.failures import FailureCatalogue, parse_failures
 from gemma_serve.planning.hardware.gpu_cards import GpuCard, read_card
 from gemma_serve.planning.memory.engine_rules import EngineRulesTable, parse_engine_rules
 from gemma_serve.planning.memory.runtime_constants import (
@@ -40,6 +41,12 @@ def load_gpu_cards() -> tuple[GpuCard, ...]:
 def load_engine_rules() -> EngineRulesTable:
     """The rules of every known release of vLLM, oldest first, from `data/engine_rules.yaml`."""
     return parse_engine_rules(load_yaml("engine_rules.yaml"))
+
+
+@cache
+def load_failures() -> FailureCatalogue:
+    """The failures of `data/failures.yaml`."""
+    return parse_failures(load_yaml("failures.yaml"))
 
 
 @cache

@@ -105,6 +105,11 @@ class DeploymentFolder:
         return self.path / "timeline.json"
 
     @property
+    def diagnosis(self) -> Path:
+        """Why the last start failed, and how the engine ended."""
+        return self.path / "diagnosis.json"
+
+    @property
     def suspect(self) -> Path:
         """There while a start compiles: the folders whose content is not to be trusted then."""
         return self.path / "compiling.json"
@@ -123,6 +128,7 @@ class DeploymentFolder:
         try:
             private_folder(self.path)
             self.stop_request.unlink(missing_ok=True)
+            self.diagnosis.unlink(missing_ok=True)
             for file in (self.log, self.events):
                 if file.exists():
                     file.replace(file.with_name(f"{file.name}.1"))

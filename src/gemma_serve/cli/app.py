@@ -19,6 +19,7 @@ from gemma_serve.cli.check import check
 from gemma_serve.cli.check_access import check_access
 from gemma_serve.cli.check_gpu import check_gpu
 from gemma_serve.cli.deployments import list_, logs, restart, status, stop, supervise
+from gemma_serve.cli.diagnose import diagnose
 from gemma_serve.cli.download import download
 from gemma_serve.cli.models import models
 from gemma_serve.cli.plan import plan
@@ -40,6 +41,7 @@ app.command("list")(list_)
 app.command("logs")(logs)
 app.command("stop")(stop)
 app.command("restart")(restart)
+app.command("diagnose")(diagnose)
 app.command("supervise", hidden=True)(supervise)
 app.command("plan")(plan)
 app.command("check")(check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from gemma_serve.errors import EXIT_NO, EXIT_OK, GemmaServeError, UsageError
 
 if TYPE_CHECKING:
     from gemma_serve.usecases.plan import ServePlan
+    from gemma_serve.usecases.up import UpResult
     from gemma_serve.view.up import UpView
 
 
@@ -38,12 +39,20 @@ def up(
         typer.Option("--once", help="Stop when ready and tested, with the test's exit code."),
     ] = False,
     force: Force = False,
+    auto_fix: Annotated[
+        bool,
+        typer.Option(
+            "--auto-fix",
+            help="Mend what is safe to mend when a start fails, and try again: a shorter context, "
+            "another port, a broken compile cache, memory being released, a time-out.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Start Gemma, show that it answers, and serve until Ctrl-C."""
     from gemma_serve.adapters.settings import read_api_key
     from gemma_serve.usecases.up import UpOptions
-    from gemma_serve.usecases.up import up as run
+    from gemma_serve.usecases.up import up as serve
     from gemma_serve.view.up import UpView
 
     if detach and once:
@@ -57,17 +66,26 @@ def up(
     view = UpView(as_json=as_json)
     if detach:
         return start_detached(
-            flags, environ=os.environ, view=view, file=config, force=force, smoke_test=smoke_test
+            flags,
+            environ=os.environ,
+            view=view,
+            file=config,
+            force=force,
+            smoke_test=smoke_test,
+            auto_fix=auto_fix,
         )
-    with view:
-        plan = _prepare(flags, os.environ, view, file=config, force=force)
-        result = run(
+
+    def run(plan: ServePlan, environ: Mapping[str, str]) -> UpResult:
+        return serve(
             plan,
             options=UpOptions(smoke_test=smoke_test, once=once, force=force),
-            environ=os.environ,
-            api_key=read_api_key(os.environ, plan.config.api_key_file),
+            environ=environ,
+            api_key=read_api_key(environ, plan.config.api_key_file),
             on_event=view.on_event,
         )
+
+    with view:
+        result = _start(run, flags, os.environ, view, file=config, force=force, auto_fix=auto_fix)
     view.result(result)
     return EXIT_OK if result.ok else EXIT_NO
 
@@ -80,14 +98,14 @@ def start_detached(
     file: Path | None = None,
     force: bool = False,
     smoke_test: bool = False,
+    auto_fix: bool = False,
 ) -> int:
     """Start it in the background and return when it is ready; `up --detach` and `restart`."""
     from gemma_serve.adapters.settings import read_api_key
     from gemma_serve.usecases.detach import up_detached
 
-    with view:
-        plan = _prepare(flags, environ, view, file=file, force=force)
-        result = up_detached(
+    def run(plan: ServePlan, environ: Mapping[str, str]) -> UpResult:
+        return up_detached(
             plan,
             smoke_test=smoke_test,
             force=force,
@@ -95,8 +113,37 @@ def start_detached(
             api_key=read_api_key(environ, plan.config.api_key_file),
             on_event=view.on_event,
         )
+
+    with view:
+        result = _start(run, flags, environ, view, file=file, force=force, auto_fix=auto_fix)
     view.detached(result)
     return EXIT_OK if result.ok else EXIT_NO
+
+
+def _start(
+    run: Callable[[ServePlan, Mapping[str, str]], UpResult],
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    view: UpView,
+    *,
+    file: Path | None,
+    force: bool,
+    auto_fix: bool,
+) -> UpResult:
+    """Prepare and `run`, and with `auto_fix` once more after each failure that can be mended."""
+    from gemma_serve.usecases.auto_fix import start_with_fixes
+    from gemma_serve.usecases.run import name_of
+
+    def start(
+        flags: Mapping[str, Any], environ: Mapping[str, str], begun: Callable[[str], None]
+    ) -> UpResult:
+        plan = _prepare(flags, environ, view, file=file, force=force)
+        begun(name_of(plan))
+        return run(plan, environ)
+
+    if not auto_fix:
+        return start(flags, environ, lambda name: None)
+    return start_with_fixes(start, flags, environ, on_event=view.on_event)
 
 
 def _prepare(

@@ -20,20 +20,9 @@ from gemma_serve.engine.timeline import phase_of as phase_of
 _PER_CALL = 2**20
 _MOST_WAITING = 8 * 2**20
 _BLOCK = 2**16
-_MOST_LINES = 5000
 
 _LINE_END = re.compile(rb"[\r\n]")
 _TEXT = re.compile(rb"[^\r\n]+")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_PREFIX = re.compile(
-    r"^(\([\w-]+ pid=\d+\) ?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d "
-    r"\[[^\]]+\] ?)?"
-)
-
-
-def bare_message(line: str) -> str:
-    """A log line without colours, process name, level, time and place."""
-    return _PREFIX.sub("", _COLOUR.sub("", line), count=1)
 
 
 class LogLines:
@@ -75,10 +64,6 @@ class LogReader:
         with suppress(OSError):
             self._read_into(data)
         return self._lines.feed(self._whole_lines(bytes(data)))
-
-    def all_lines(self) -> list[str]:
-        """The last 5000 lines of the present file, read or not; none if the log is gone."""
-        return tail_lines(self.path, _MOST_LINES)
 
     def close(self) -> None:
         """Close the file."""

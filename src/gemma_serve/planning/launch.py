@@ -25,13 +25,20 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Engine:
-    """A vLLM that is installed somewhere. A version is None where it can't be told."""
+    """A vLLM that is installed somewhere. A version is None where it can't be told.
+
+    `cuda_version` is that of the CUDA which its torch was built for, `include_dir` where the C
+    headers of its Python should be, `package_dir` where its source is.
+    """
 
     python: Path
     device: Device
     version: str | None
     distribution: str | None
     torch_version: str | None = None
+    cuda_version: str | None = None
+    include_dir: Path | None = None
+    package_dir: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.errors import Problem, UsageError
 from gemma_serve.planning.model.repo_files import RepoFile, files_to_serve
 from gemma_serve.planning.sizes import file_size
+from gemma_serve.usecases.known_failures import with_titles
 from gemma_serve.usecases.local_files import (
     LocalFiles,
     cached_bytes,
@@ -106,10 +107,17 @@ def check_access(
     Raises:
         UsageError: `to` is no place for this model.
     """
-    where = without_secrets(endpoint())
     folder = as_folder(model)
     if to is not None:
         refuse_usage(model, folder, to)
+    report = _ask(model, folder, revision, cache_dir, to)
+    return replace(report, problems=with_titles(report.problems))
+
+
+def _ask(
+    model: str, folder: Path | None, revision: str | None, cache_dir: Path | None, to: Path | None
+) -> AccessReport:
+    where = without_secrets(endpoint())
     if folder is not None:
         wrong = checkpoint_problems(folder)
         return AccessReport(model, revision, where, is_folder=True, problems=wrong)
@@ -192,7 +200,7 @@ def disk_problem(disk: DiskSpace) -> Problem | None:
         return None
     missing, margin = file_size(disk.missing_bytes), file_size(disk.margin_bytes)
     return Problem(
-        "hub.disk_full",
+        "disk-full",
         f"{missing} are to be downloaded and {margin} more kept free, but {disk.folder} has "
         f"{file_size(disk.free_bytes)}",
         hint="free some space there, or put the files on another disk with HF_HOME, "

@@ -13,7 +13,9 @@ from gemma_serve.adapters.state import all_deployments
 from gemma_serve.engine.processes import lives
 from gemma_serve.errors import Problem
 from gemma_serve.planning.config import ServeConfig
+from gemma_serve.planning.problem_topics import Topic, topic_of
 from gemma_serve.usecases.access import AccessReport, check_access
+from gemma_serve.usecases.known_failures import with_titles
 from gemma_serve.usecases.local_files import (
     LocalFiles,
     find_cached,
@@ -28,16 +30,16 @@ from gemma_serve.usecases.plan import ServePlan
 CheckId = Literal["settings", "engine", "model", "access", "disk", "gpu", "plan", "port"]
 State = Literal["ok", "warning", "failed", "unknown"]
 
-# What each row answers for, by the first word of the problems' codes.
-_ROWS: dict[CheckId, tuple[str, ...]] = {
-    "settings": ("config.",),
-    "engine": ("engine",),
-    "model": ("model.",),
-    "access": ("hub.",),
-    "disk": ("hub.disk_full", "hub.cache_unwritable"),
-    "gpu": ("gpu.",),
-    "plan": ("plan.",),
-    "port": ("port.",),
+# In the order in which they are shown, and what each answers for.
+_ROWS: dict[CheckId, Topic] = {
+    "settings": "config",
+    "engine": "engine",
+    "model": "model",
+    "access": "hub",
+    "disk": "disk",
+    "gpu": "gpu",
+    "plan": "plan",
+    "port": "port",
 }
 
 
@@ -86,7 +88,7 @@ def check(plan: ServePlan) -> CheckReport:
     noted = () if here is None or _can_be_asked(access) else noted_problems(here)
     no_tokenizer = _tokenizer_problem(plan, here, access)
     last = [problem for problem in (no_tokenizer, port) if problem is not None]
-    problems = (*planned, *noted, *asked, *last)
+    problems = with_titles((*planned, *noted, *asked, *last))
     rows = tuple(_row(name, plan, access, problems) for name in _ROWS)
     # Of the settings there is only something to say where they are odd.
     told = tuple(row for row in rows if row.id != "settings" or row.problems)
@@ -119,7 +121,11 @@ def _tokenizer_problem(
 def find_port_problem(config: ServeConfig) -> Problem | None:
     """Why nobody can listen where `config` says; a deployment of ours is called by its name."""
     problem = host.port_problem(config.host, config.port)
-    if problem is None or problem.code != "port.in_use":
+    return None if problem is None else with_titles([_by_its_name(problem, config)])[0]
+
+
+def _by_its_name(problem: Problem, config: ServeConfig) -> Problem:
+    if problem.code != "port-in-use":
         return problem
     for one in all_deployments():
         here = one.url.endswith(f":{config.port}")
@@ -156,7 +162,8 @@ def _access(plan: ServePlan, here: LocalFiles | None) -> AccessReport | None:
 def _row(
     name: CheckId, plan: ServePlan, access: AccessReport | None, problems: Sequence[Problem]
 ) -> CheckRow:
-    own = tuple(problem for problem in problems if _row_of(problem) == name)
+    is_folder = as_folder(plan.config.model) is not None
+    own = tuple(p for p in problems if _row_of(p, is_folder=is_folder) == name)
     known = _is_known(name, plan, access)
     state: State = "ok" if known else "unknown"
     if own:
@@ -164,14 +171,11 @@ def _row(
     return CheckRow(name, state, known, own)
 
 
-def _row_of(problem: Problem) -> CheckId:
-    found: CheckId = "settings"
-    longest = 0
-    for name, beginnings in _ROWS.items():
-        for beginning in beginnings:
-            if problem.code.startswith(beginning) and len(beginning) > longest:
-                found, longest = name, len(beginning)
-    return found
+def _row_of(problem: Problem, *, is_folder: bool) -> CheckId:
+    topic = topic_of(problem.code)
+    if topic == "hub" and is_folder:
+        return "model"  # nobody was asked: the folder is not there
+    return next((name for name, about in _ROWS.items() if about == topic), "settings")
 
 
 def _is_known(name: CheckId, plan: ServePlan, access: AccessReport | None) -> bool:

@@ -17,6 +17,7 @@ from gemma_serve.planning.model.facts import FactsReading
 from gemma_serve.planning.smoke import DEMO_MODEL
 from gemma_serve.usecases.configure import read_layers
 from gemma_serve.usecases.fit import FitReport, judge_fit, planned_values, with_a_way_out
+from gemma_serve.usecases.known_failures import with_titles
 from gemma_serve.usecases.model_facts import find_model, find_model_facts
 from gemma_serve.usecases.target import (
     Hardware,
@@ -73,7 +74,7 @@ def check_gpu(
     hardware = find_hardware(environ, device, wanted.for_gpu, count=config.tensor_parallel_size)
     if resolved.sources["model"] == "default":
         report = judge_hardware(hardware, config)
-        return replace(report, problems=(*warnings, *report.problems))
+        return replace(report, problems=with_titles((*warnings, *report.problems)))
     if device == "cpu":
         defaults = cpu_defaults(environ, is_demo=config.model == DEMO_MODEL)
         values = {name: value for name, (value, _) in defaults.items()}
@@ -81,10 +82,12 @@ def check_gpu(
     engine, _ = find_wanted_engine(config.engine_python, environ, replace(wanted, device=device))
     reading = find_model_facts(config.model, config.revision, cache_dir=config.download_dir)
     sized = with_cpu_space(config, device, environ)
+    hardware = replace(hardware, engine_cuda=engine.cuda_version)
     report = judge_hardware(hardware, sized, reading=reading, engine_version=engine.version)
+    found = (*warnings, *(_for_planning(problem, reading) for problem in report.problems))
     return replace(
         report,
-        problems=(*warnings, *(_for_planning(problem, reading) for problem in report.problems)),
+        problems=with_titles(found),
         argv=_argv(config, report, engine) if report.fit and report.fit.decision else None,
     )
 
@@ -147,7 +150,7 @@ def as_many_as_named(resolved: ResolvedConfig, device: Device) -> ResolvedConfig
 def _for_planning(problem: Problem, reading: FactsReading) -> Problem:
     """The weights needn't be there for a plan from config.json alone; `up` wants them."""
     planned = reading.facts is not None and reading.facts.geometry is not None
-    if planned and problem.code == "model.weights_missing":
+    if planned and problem.code == "weights-missing":
         return replace(problem, blocking=False)
     return problem
 

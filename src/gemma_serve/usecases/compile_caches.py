@@ -24,12 +24,17 @@ _COMPILING = "compilation"
 def note_phase(phase: str, run: Run, folder: DeploymentFolder) -> None:
     """Set the mark when `phase` is the compilation, and take it away in those after it."""
     if phase == _COMPILING:
-        folders = [str(place) for place in compiled_folders(run.environment)]
-        with suppress(UsageError):  # a full disk; then there is nothing new in the cache either
-            folder.write_json(folder.suspect, {"folders": folders})
+        mark_compiled(run, folder)
     elif PHASES.index(phase) > PHASES.index(_COMPILING):
         with suppress(OSError):
             folder.suspect.unlink()
+
+
+def mark_compiled(run: Run, folder: DeploymentFolder) -> None:
+    """Set the mark: the next start is not to use what this one has compiled, or tried to use."""
+    folders = [str(place) for place in compiled_folders(run.environment)]
+    with suppress(UsageError):  # a full disk; then there is nothing new in the cache either
+        folder.write_json(folder.suspect, {"folders": folders})
 
 
 def set_stale_aside(

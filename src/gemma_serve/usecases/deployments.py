@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from gemma_serve.adapters.claims import Claim, claim_name, claim_port, read_holder
+from gemma_serve.adapters.claims import Claim, Lock, claim_name, claim_port, read_holder
 from gemma_serve.adapters.state import (
     Deployment,
     DeploymentFolder,
@@ -22,6 +22,7 @@ from gemma_serve.engine.processes import boot_id, identify, lives, send, survivo
 from gemma_serve.engine.shared_files import remove_temporary_folder
 from gemma_serve.errors import GemmaServeError, Problem, UsageError
 from gemma_serve.planning.process_id import ProcessId
+from gemma_serve.usecases.known_failures import named_as_known
 
 # What a guard whose supervisor was killed needs to end its engine, and then some.
 _GUARD_TIMEOUT_S = 15.0
@@ -246,10 +247,15 @@ def claim(name: str, port: int, environ: Mapping[str, str]) -> Iterator[Claim]:
         if time.monotonic() > until:
             raise _running(name, "starting")
         time.sleep(0.02)
-    with lock, claim_port(port, environ) as port_lock:
+    with lock, _claim_port(port, environ) as port_lock:
         claimed = Claim(lock, port_lock)
         hold(claimed)
         yield claimed
+
+
+def _claim_port(port: int, environ: Mapping[str, str]) -> Lock:
+    with named_as_known():
+        return claim_port(port, environ)
 
 
 def hold(claimed: Claim) -> None:

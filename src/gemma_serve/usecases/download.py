@@ -61,12 +61,15 @@ from gemma_serve.usecases.events import (
     Noticed,
     OnEvent,
 )
+from gemma_serve.usecases.known_failures import named_as_known
 from gemma_serve.usecases.local_files import (
     LocalFiles,
     broken_off_problem,
     cached_bytes,
     check_files,
     checkpoint_problems,
+    code_of_damaged,
+    code_of_missing,
     find_cached,
     folder_bytes,
     problems_of_cached,
@@ -132,11 +135,12 @@ def download(
         Stopped: SIGINT, SIGTERM or SIGHUP came.
     """
     set_up_for_downloads()
-    try:
-        with Inbox() as inbox:
-            return _Download(request, inbox, on_event).run(access)
-    except OSError as error:
-        raise GemmaServeError.of([problem_for(error, Asked(request.model))]) from error
+    with named_as_known():
+        try:
+            with Inbox() as inbox:
+                return _Download(request, inbox, on_event).run(access)
+        except OSError as error:
+            raise GemmaServeError.of([problem_for(error, Asked(request.model))]) from error
 
 
 @dataclass(frozen=True)
@@ -517,11 +521,12 @@ def _busy(folder: Path) -> GemmaServeError:
 
 def _damage(folder: Path, state: FileState, model: str, hub_said_no: bool) -> Problem:
     """A file that is wrong, where nobody can fetch it again."""
-    code = "model.weights_missing" if state.state == "missing" else "model.weights_broken"
-    found = "is missing" if state.state == "missing" else f"is damaged: {state.found}"
+    name, missing = state.file.name, state.state == "missing"
+    code = code_of_missing(name) if missing else code_of_damaged(name)
+    found = "is missing" if missing else f"is damaged: {state.found}"
     hint = "copy the folder again from where it was made"
     if as_folder(model) is None:
         hint = f"where the Hub can be reached, `gemma-serve download --model {model}` mends it"
     if hub_said_no:
         hint = "the Hub would send it again: first mend what it said, above, then run this again"
-    return Problem(code, f"{folder / state.file.name} {found}", hint=hint)
+    return Problem(code, f"{folder / name} {found}", hint=hint)

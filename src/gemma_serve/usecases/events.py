@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_serve.engine.diagnosis.diagnosis import Diagnosis
 from gemma_serve.engine.ladder import StopStep
 from gemma_serve.errors import Problem
 from gemma_serve.planning.smoke import CheckResult, SmokeReport
+from gemma_serve.usecases.diagnose import read_diagnosis
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,26 @@ class EngineStopped:
 
 
 @dataclass(frozen=True)
+class Diagnosed:
+    """Why a start failed, or an engine died, from its log and from how it ended."""
+
+    diagnosis: Diagnosis
+
+
+@dataclass(frozen=True)
+class AutoFixed:
+    """A failure is being mended by `what`, and the start tried again, for the `attempt`th time.
+
+    `message` is the failure's own.
+    """
+
+    id: str
+    message: str
+    what: str
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """The run is over, and not because somebody asked for it."""
 
@@ -186,6 +208,8 @@ Event = (
     | Restarting
     | Stopping
     | EngineStopped
+    | Diagnosed
+    | AutoFixed
     | Failed
     | Noticed
     | CheckResult
@@ -213,6 +237,8 @@ EVENT_NAMES: dict[type, str] = {
     Noticed: "noticed",
     Stopping: "stopping",
     EngineStopped: "engine_stopped",
+    Diagnosed: "diagnosed",
+    AutoFixed: "auto_fix",
     Failed: "failed",
 }
 
@@ -233,7 +259,7 @@ def read_event(line: Mapping[str, Any]) -> Event | None:
             if name in fields:
                 fields[name] = read(fields[name])
         event: Event = kind(**fields)
-    except TypeError:
+    except (KeyError, TypeError):
         return None  # another version's
     return event
 
@@ -243,6 +269,7 @@ _READ_BACK: dict[str, Callable[..., Event]] = {
 }
 _READERS: dict[str, Callable[[Any], Any]] = {
     "problem": lambda value: Problem(**value),
+    "diagnosis": read_diagnosis,
     "log": Path,
     "left": tuple,
     "steps": lambda value: tuple(StopStep(**step) for step in value),

@@ -26,6 +26,7 @@ from gemma_serve.planning.memory.engine_flags import read_engine_flags
 from gemma_serve.planning.memory.engine_rules import rules_for
 from gemma_serve.planning.memory.request import EngineKnowledge, Machine, Wishes
 from gemma_serve.planning.memory.verdict import (
+    DOES_NOT_FIT,
     engine_version_problem,
     model_problems,
     plan_problems,
@@ -34,17 +35,18 @@ from gemma_serve.planning.model.facts import FactsReading, ModelFacts
 
 # Which settings are to blame for a problem.
 _MENDED_BY = {
-    "gpu.no_bf16": frozenset({"dtype"}),
-    "gpu.too_few": frozenset({"tensor_parallel_size"}),
-    "plan.tensor_parallel_size": frozenset({"tensor_parallel_size"}),
+    "bf16-unsupported": frozenset({"dtype"}),
+    "tp-too-big": frozenset({"tensor_parallel_size"}),
+    "tp-heads": frozenset({"tensor_parallel_size"}),
     "plan.little_left": frozenset({"gpu_memory_utilization"}),
-    "plan.longer_than_model": frozenset({"max_model_len"}),
+    "len-over-derived": frozenset({"max_model_len"}),
     "plan.quantization": frozenset({"quantization"}),
+    "quant-capability": frozenset({"quantization"}),
     "plan.quantization_dtype": frozenset({"dtype", "quantization"}),
     "plan.kv_cache_unsupported": frozenset({"kv_cache_dtype", "dtype"}),
-    "plan.mm_batch_too_small": frozenset({"max_num_batched_tokens", "language_model_only"}),
-    "plan.batched_tokens_too_few": frozenset({"max_num_batched_tokens", "max_num_seqs"}),
-    "model.no_fp16": frozenset({"dtype"}),
+    "mm-batch-too-small": frozenset({"max_num_batched_tokens", "language_model_only"}),
+    "plan.batch_too_small": frozenset({"max_num_batched_tokens", "max_num_seqs"}),
+    "fp16-refused": frozenset({"dtype"}),
 }
 # Problems whose own hint is all that is wrong, unless no alternative mends it.
 _NOT_ALONE = _MENDED_BY.keys() - {"plan.kv_cache_unsupported", "plan.quantization_dtype"}
@@ -105,7 +107,7 @@ def judge_fit(
     of_model = model_problems(facts, rules, table, engine_version)
     problems += of_model
     # No setting and no GPU helps a model that this vLLM does not know.
-    look_for_more = look_for_more and not any(p.code == "model.engine_too_old" for p in of_model)
+    look_for_more = look_for_more and not any(p.code == "arch-unsupported" for p in of_model)
     if machine is None:
         found = other_gpus(facts, wishes, knowledge, load_gpu_cards()) if look_for_more else ()
         return FitReport(facts, None, engine_version, rules.version, found, problems)
@@ -179,7 +181,7 @@ def with_a_way_out(problem: Problem, found: Sequence[Alternative]) -> Problem:
     mending = mending or [one for one in settings if one.settings.keys() & to_blame][:1]
     if mending:
         return replace(problem, hint=_said(mending))
-    if problem.code == "plan.does_not_fit" and not problem.hint:
+    if problem.code in DOES_NOT_FIT and not problem.hint:
         return replace(
             problem,
             hint=_other_ways(found) or "no Gemma that is known fits here with these settings",

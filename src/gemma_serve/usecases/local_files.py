@@ -19,7 +19,7 @@ from gemma_serve.adapters.checksums import (
 from gemma_serve.adapters.hub.cache import cached_repo, cached_snapshot, files_of_snapshot
 from gemma_serve.adapters.hub.transfer import partial_in
 from gemma_serve.errors import Problem
-from gemma_serve.planning.model.repo_files import RepoFile
+from gemma_serve.planning.model.repo_files import RepoFile, weight_names
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Hashing is done by C code that lets other threads run.
@@ -132,9 +132,19 @@ def _changed(folder: Path, found: str) -> Problem:
     )
 
 
+def code_of_missing(name: str) -> str:
+    """The code for a file of a model that is not there: of its weights, or another."""
+    return "weights-missing" if weight_names([name]) else "model.file_missing"
+
+
+def code_of_damaged(name: str) -> str:
+    """The code for a file of a model with other bytes than it should have."""
+    return "weights-truncated" if weight_names([name]) else "model.file_damaged"
+
+
 def _gone(folder: Path, name: str) -> Problem:
     return Problem(
-        "model.weights_missing",
+        code_of_missing(name),
         f"{folder / name} is missing",
         hint="copy the folder again from where it was made",
     )
@@ -150,7 +160,7 @@ def tokenizer_problem(model: str, names: Collection[str]) -> Problem | None:
     if any(name in names for name in _TOKENIZERS):
         return None
     return Problem(
-        "model.no_tokenizer",
+        "tokenizer-missing",
         f"{model} has neither tokenizer.json nor tokenizer.model, so nothing can read a prompt",
         hint="name the tokenizer of the model that it was made from: `--engine-arg tokenizer=DIR`",
     )
@@ -180,7 +190,7 @@ def broken_off_problem(folder: Path, manifest: Manifest) -> Problem:
     """A folder that a download was filling when it ended."""
     place, model = shlex.quote(str(folder)), manifest.model
     return Problem(
-        "model.weights_missing",
+        "weights-missing",
         f"the download of {model} into {folder} did not end",
         hint=f"run it again: `gemma-serve download --model {model} --revision {manifest.commit} "
         f"--to {place}`",

@@ -108,7 +108,7 @@ def with_suggestion(model: str, problems: Sequence[Problem]) -> tuple[Problem, .
     else:
         return tuple(problems)
     return tuple(
-        replace(p, hint=first + p.hint) if p.code == "hub.not_found" else p for p in problems
+        replace(p, hint=first + p.hint) if p.code == "repo-not-found" else p for p in problems
     )
 
 

@@ -17,6 +17,7 @@ from gemma_serve.planning.model.catalogue import CatalogueEntry
 from gemma_serve.planning.model.facts import facts_from_config
 from gemma_serve.usecases.configure import read_layers
 from gemma_serve.usecases.fit import FitReport, judge_fit
+from gemma_serve.usecases.known_failures import with_titles
 from gemma_serve.usecases.target import (
     Hardware,
     PlanFor,
@@ -79,7 +80,9 @@ def list_models(
     )
     if only_fitting:
         models = tuple(model for model in models if model.fit is not None and model.fit.fits)
-    return ModelsReport(hardware, engine.version, models, (*warnings, *hardware.problems))
+    return ModelsReport(
+        hardware, engine.version, models, with_titles((*warnings, *hardware.problems))
+    )
 
 
 def _hardware(environ: Mapping[str, str], wanted: PlanFor, count: int | None) -> Hardware:

@@ -14,7 +14,9 @@ from gemma_serve.errors import Problem, UsageError
 from gemma_serve.planning.config import Layer, ResolvedConfig, ServeConfig, is_loopback, resolve
 from gemma_serve.planning.hardware.gpus import Gpu
 from gemma_serve.planning.launch import Device, Engine, Launch, ModelSource, render_launch
+from gemma_serve.planning.problem_topics import topic_of
 from gemma_serve.planning.smoke import DEMO_MODEL, Answers, parse_answers
+from gemma_serve.usecases.before_start import start_problems
 from gemma_serve.usecases.check_gpu import (
     GpuReport,
     as_many_as_named,
@@ -23,6 +25,7 @@ from gemma_serve.usecases.check_gpu import (
 )
 from gemma_serve.usecases.configure import read_layers
 from gemma_serve.usecases.fit import planned_values
+from gemma_serve.usecases.known_failures import with_titles
 from gemma_serve.usecases.model_facts import find_model, find_model_facts
 from gemma_serve.usecases.target import (
     PlanFor,
@@ -99,8 +102,11 @@ def make_plan(
     resolved = as_many_as_named(resolved, engine.device)
     resolved = _with_one_key(_with_a_port(resolved), environ)
     decided = _decide(resolved, engine, environ, wanted)
-    found = (_for_up(problem, force=force) for problem in decided.problems)
-    return replace(decided, problems=(*warnings, *missing, *found))
+    here: tuple[Problem, ...] = ()
+    if not (missing or wanted.is_elsewhere or wanted.engine_version):
+        here = start_problems(decided.config, engine, decided.launch, environ)
+    found = (_for_up(problem, force=force) for problem in (*decided.problems, *here))
+    return replace(decided, problems=with_titles((*warnings, *missing, *found)))
 
 
 def _detected(
@@ -197,6 +203,7 @@ def _judge(
     hardware = find_hardware(
         environ, engine.device, plan_for.for_gpu, count=config.tensor_parallel_size
     )
+    hardware = replace(hardware, engine_cuda=engine.cuda_version)
     reading = find_model_facts(config.model, config.revision, cache_dir=config.download_dir)
     config = with_cpu_space(config, engine.device, environ)
     return judge_hardware(hardware, config, reading=reading, engine_version=engine.version)
@@ -243,13 +250,14 @@ def _for_up(problem: Problem, *, force: bool) -> Problem:
         return replace(problem, blocking=False)
     if problem.code == "model.embeds":
         problem = replace(problem, blocking=True)
-    overridden = force and problem.code.startswith(_FORCED)
+    code = problem.code
+    overridden = force and (topic_of(code) in ("gpu", "plan") or code in _ALSO_FORCED)
     return replace(problem, blocking=False) if overridden else problem
 
 
-# What `--force` overrides: verdicts on hardware, memory and the model's kind, not broken files.
-_FORCED = ("gpu.", "plan.", "model.embeds", "model.not_served", "model.engine_too_old",
-           "model.no_fp16")  # fmt: skip
+# `--force` overrides verdicts on hardware, memory and the model's kind, not broken files.
+_ALSO_FORCED = ("model.embeds", "model.not_served", "arch-unsupported", "fp16-refused",
+                "python-headers", "shm-small")  # fmt: skip
 
 
 def _refuse_to_be_open(config: ServeConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from gemma_serve.adapters.settings import API_KEY_VARIABLE
 from gemma_serve.adapters.state import DeploymentFolder
 from gemma_serve.errors import GemmaServeError
+from gemma_serve.planning.problem_topics import topic_of
 from gemma_serve.planning.settings import SETTINGS
 from gemma_serve.usecases.check import check
 from gemma_serve.usecases.deployments import find_deployment
@@ -52,8 +53,8 @@ def refuse_what_would_fail(plan: ServePlan) -> None:
     Raises:
         GemmaServeError: a new start would be refused.
     """
-    own = ("gpu.", "port.")
-    found = [p for p in check(plan).problems if p.blocking and not p.code.startswith(own)]
+    own = ("gpu", "port")
+    found = [p for p in check(plan).problems if p.blocking and topic_of(p.code) not in own]
     if found:
         raise GemmaServeError.of(found)
 

@@ -10,8 +10,10 @@ from gemma_serve.adapters.engine_orphans import EngineOrphan, find_orphans
 from gemma_serve.adapters.metrics import EngineMetrics, read_metrics
 from gemma_serve.adapters.openai_api import EndpointError
 from gemma_serve.adapters.state import Deployment, DeploymentFolder
+from gemma_serve.engine.diagnosis.diagnosis import Diagnosis
 from gemma_serve.engine.timeline import SILENCE_S
 from gemma_serve.usecases.deployments import Settled, find_deployment, settle_all
+from gemma_serve.usecases.diagnose import kept_diagnosis
 
 # Between the two readings of the counters that a rate is made of.
 _RATE_OVER_S = 1.0
@@ -33,7 +35,8 @@ class DeploymentStatus:
     `phase_s` is how long it has been in its phase of the start, and `last_phases_s` how long each
     phase took at the last good start, with `last_ready_s` for all of it. `silent_s` is how long
     its engine has printed nothing, None where that is as usual. `load` is None where the engine
-    doesn't tell. `orphans` are engines on this machine that nobody looks after.
+    doesn't tell. `diagnosis` is why it failed, if it did. `orphans` are engines on this machine
+    that nobody looks after.
     """
 
     deployment: Deployment
@@ -45,6 +48,7 @@ class DeploymentStatus:
     last_ready_s: float | None
     silent_s: float | None
     load: Load | None
+    diagnosis: Diagnosis | None
     orphans: tuple[EngineOrphan, ...]
 
     @property
@@ -71,6 +75,7 @@ def read_status(name: str | None, environ: Mapping[str, str]) -> DeploymentStatu
         last_ready_s=ready_s,
         silent_s=_silence(deployment, now) if starting else None,
         load=_load(deployment) if settled.running and deployment.state in _ANSWERS else None,
+        diagnosis=kept_diagnosis(folder) if deployment.state == "failed" else None,
         orphans=find_orphans(),
     )
 

@@ -11,20 +11,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from gemma_serve.adapters.host import out_of_memory_kills
 from gemma_serve.adapters.openai_api import EndpointError
 from gemma_serve.adapters.state import DeploymentFolder
-from gemma_serve.engine.death import explain_end, last_error
+from gemma_serve.engine.diagnosis.diagnosis import Diagnosis, Ending
 from gemma_serve.engine.guarded import GuardedEngine, start_engine
 from gemma_serve.engine.inbox import Inbox
 from gemma_serve.engine.ladder import GRACE_S
 from gemma_serve.engine.log import LogReader
 from gemma_serve.engine.restarts import RestartPolicy, Restarts
 from gemma_serve.engine.shared_files import make_temporary_folder
+from gemma_serve.engine.timeline import Overdue
 from gemma_serve.engine.watch import Health
 from gemma_serve.errors import EXIT_ENGINE, EngineFailed, Problem, Stopped, UsageError
 from gemma_serve.planning.launch import engine_environment
-from gemma_serve.usecases.compile_caches import note_phase, set_stale_aside
+from gemma_serve.usecases.compile_caches import mark_compiled, note_phase, set_stale_aside
+from gemma_serve.usecases.diagnose import diagnose_run, keep_diagnosis
 from gemma_serve.usecases.events import (
+    Diagnosed,
     EngineDied,
     EngineReady,
     EngineStarted,
@@ -106,6 +110,7 @@ class Supervisor:
             EngineFailed: its command can't be run.
         """
         self._gpu_before = gpu_used_bytes(self.run.gpus)
+        self._oom_kills_before = out_of_memory_kills()
         stale = set_stale_aside(self.run, self._folder, self._environ)
         if stale is not None:
             self._tell(Noticed(stale))
@@ -158,6 +163,7 @@ class Supervisor:
             self.during(lambda: self._answer(cancelled))
         except EndpointError as error:
             self.look_once_more()
+            self._diagnose(Ending())
             raise EngineFailed(
                 f"the engine started but generates nothing: {error}",
                 code="engine.no_token",
@@ -244,7 +250,7 @@ class Supervisor:
         if self.run.restart == "on-failure" and health.missed >= _MISSES_UNTIL_RESTART:
             raise EngineFailed(
                 f"the engine stopped generating: {health.reason}",
-                code="engine.hung",
+                code="alive-but-dead",
                 hint=f"its whole log: {self._folder.log}",
             )
 
@@ -332,27 +338,56 @@ class Supervisor:
             self._tell(event)
         overdue = self._progress.overdue(now, self.run.phase_limits_s)
         if overdue is not None:
-            flag = f"--phase-timeout {overdue.phase.replace(' ', '-')}={2 * overdue.limit_s:.0f}"
-            raise EngineFailed(
-                f"the start has been in {overdue.phase} for {overdue.waited_s:.0f} s without "
-                f"progress, and {overdue.limit_s:.0f} s are allowed",
-                code="engine.phase_timeout",
-                hint=f"allow more with `{flag}`; the engine's log: {self._folder.log}",
-            )
+            raise self._overdue(overdue)
+
+    def _overdue(self, overdue: Overdue) -> EngineFailed:
+        flag = f"--phase-timeout {overdue.phase.replace(' ', '-')}={2 * overdue.limit_s:.0f}"
+        found = self._diagnose(Ending(silent_s=overdue.waited_s))
+        because = f": {found.cause}" if found.verdict == "known" else ""
+        return EngineFailed(
+            f"the start has been in {overdue.phase} for {overdue.waited_s:.0f} s without "
+            f"progress, and {overdue.limit_s:.0f} s are allowed{because}",
+            code="engine.phase_timeout",
+            hint=f"allow more with `{flag}`; the engine's log: {self._folder.log}",
+        )
 
     def _death(self, engine: GuardedEngine) -> EngineFailed:
         self._reason = "the engine died"
         when = "after it was ready" if self.ready_s else f"during {self._progress.phase}"
+        whole = f"its whole log: {self._folder.log}"
         lost = None if engine.lost is None else str(engine.lost)
         if engine.guard_is_gone and engine.exit is None and lost is None:
             cause = f"its guard (pid {engine.guard.pid}) was killed"
-        else:
-            error = last_error(self._log.all_lines())
-            cause = explain_end(engine.exit, lost, error)
-        hint = f"its whole log: {self._folder.log}"
-        if lost is not None or (engine.exit is not None and engine.exit.signum is not None):
-            hint = f"if the machine ran out of memory, `dmesg` says so; {hint}"
-        return EngineFailed(f"the engine died {when}: {cause}", code="engine.died", hint=hint)
+            return EngineFailed(f"the engine died {when}: {cause}", code="engine.died", hint=whole)
+        how = engine.exit
+        found = self._diagnose(
+            Ending(
+                signum=None if how is None else how.signum,
+                code=None if how is None else how.code,
+                lost=lost,
+                out_of_memory=self._was_out_of_memory(),
+            )
+        )
+        return EngineFailed(
+            f"the engine died {when}: {found.cause or found.title}",
+            code=found.id or "engine.died",
+            hint="; ".join(part for part in (found.fix, whole) if part),
+        )
+
+    def _was_out_of_memory(self) -> bool:
+        """Whether the kernel has killed something for memory since the engine was started."""
+        before, after = self._oom_kills_before, out_of_memory_kills()
+        return before is not None and after is not None and after > before
+
+    def _diagnose(self, ending: Ending) -> Diagnosis:
+        """Find out why from the log, tell it, and keep it."""
+        found = diagnose_run(self._folder, self._journal.deployment, ending)
+        with suppress(UsageError):  # a full disk; it is told all the same
+            keep_diagnosis(self._folder, found, ending)
+        if found.remedy == "purge-compile-cache":
+            mark_compiled(self.run, self._folder)
+        self._tell_if_possible(Diagnosed(found))
+        return found
 
     # --- the end
 
@@ -440,7 +475,7 @@ class Supervisor:
 
 def _unhealthy(reason: str) -> Problem:
     return Problem(
-        "engine.unhealthy",
+        "alive-but-dead",
         f"the engine has stopped generating: {reason}",
         "`gemma-serve logs` shows what it says; `gemma-serve restart` starts it again",
     )

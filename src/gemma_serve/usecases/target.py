@@ -65,12 +65,16 @@ class PlanFor:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the engine would run on: the GPUs of this machine, others by name, or the CPU."""
+    """What the engine would run on: the GPUs of this machine, others by name, or the CPU.
+
+    `engine_cuda` is the CUDA that the engine is built for, None where that isn't known.
+    """
 
     device: Device
     inventory: GpuInventory = field(default_factory=GpuInventory)
     visible: VisibleGpus = field(default_factory=lambda: VisibleGpus(()))
     for_gpu: ForGpu | None = None
+    engine_cuda: str | None = None
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -79,8 +83,9 @@ class Hardware:
             return tuple(_card_note(note) for note in self.for_gpu.notes)
         if self.device == "cpu":
             return ()
-        driver = driver_problem(self.inventory.cuda_version) if self.inventory.gpus else None
-        found = (self.inventory.problem, *self.inventory.problems, driver)
+        seen = self.inventory
+        driver = driver_problem(seen.cuda_version, self.engine_cuda) if seen.gpus else None
+        found = (seen.problem, *seen.problems, driver)
         return (*(problem for problem in found if problem is not None), *self.visible.problems)
 
     def machine(self, wanted: tuple[str, ...] | None) -> Machine | None:
@@ -130,7 +135,7 @@ def find_wanted_engine(
     wanted = "cuda" if plan_for.for_gpu is not None else plan_for.device
     if plan_for.engine_version is not None or wanted not in (None, engine.device):
         # Not the one that is installed.
-        engine = replace(engine, distribution=None)
+        engine = replace(engine, distribution=None, cuda_version=None, include_dir=None)
     device = wanted or engine.device
     version = plan_for.engine_version or engine.version
     return replace(engine, device=device, version=version), missing

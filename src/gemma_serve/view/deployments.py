@@ -10,6 +10,7 @@ from gemma_serve.adapters.state import Deployment
 from gemma_serve.errors import Problem
 from gemma_serve.usecases.deployments import Settled
 from gemma_serve.usecases.status import DeploymentStatus, Load
+from gemma_serve.view.diagnosis import diagnosis_data, evidence_lines
 from gemma_serve.view.orphans import orphan_data, orphan_problem
 from gemma_serve.view.up import silence_text
 
@@ -29,6 +30,7 @@ def status_data(status: DeploymentStatus) -> dict[str, Any]:
         "last_ready_s": _rounded(status.last_ready_s),
         "silent_s": _rounded(status.silent_s),
         "load": None if status.load is None else _load_data(status.load),
+        "diagnosis": None if status.diagnosis is None else diagnosis_data(status.diagnosis),
         "ended_pids": list(status.ended),
         "orphans": [orphan_data(orphan) for orphan in status.orphans],
     }
@@ -98,6 +100,8 @@ def status_text(status: DeploymentStatus) -> str:
     if deployment.restarts:
         times = "once" if deployment.restarts == 1 else f"{deployment.restarts} times"
         lines.append(f"  restarted {times}, the last time since {deployment.last_death}")
+    if status.diagnosis is not None:
+        lines += [f"  {line}" for line in evidence_lines(status.diagnosis)]
     if deployment.engine:
         where = f" on {len(deployment.gpus)} GPU" if deployment.gpus else ""
         pid = "" if deployment.leader is None else f", pid {deployment.leader.pid}"

@@ -24,7 +24,7 @@ def orphan_problem(orphan: EngineOrphan) -> Problem:
     """An engine without a server, what it holds, and the way to end it."""
     on_gpu = "" if orphan.gpu_bytes is None else f"{gib(orphan.gpu_bytes)} of GPU memory and "
     return Problem(
-        "engine.orphan",
+        "orphan-engine",
         f"{orphan.title} (pid {orphan.pid}) of {orphan.user} has no server any more and holds "
         f"{on_gpu}{gib(orphan.memory_bytes)} of main memory",
         f"`gemma-serve stop --orphans` ends it if it is ours, else `kill -9 {orphan.pid}` does",

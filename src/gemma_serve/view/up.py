@@ -16,6 +16,8 @@ from gemma_serve.planning.smoke import CheckResult, SmokeReport
 from gemma_serve.usecases.check import CheckReport
 from gemma_serve.usecases.events import (
     EVENT_NAMES,
+    AutoFixed,
+    Diagnosed,
     EngineDied,
     EngineReady,
     EngineStarted,
@@ -32,6 +34,7 @@ from gemma_serve.usecases.events import (
 from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.proof import stop_problems
 from gemma_serve.usecases.up import UpResult
+from gemma_serve.view.diagnosis import diagnosis_data, evidence_lines
 from gemma_serve.view.download import DownloadView
 from gemma_serve.view.orphans import orphan_problem
 from gemma_serve.view.output import Output, err_console
@@ -129,6 +132,12 @@ class UpView:
             self._output.note("healthy again" if event.ok else f"unhealthy: {event.reason}")
         elif isinstance(event, EngineDied):
             self._output.note(event.cause)
+        elif isinstance(event, Diagnosed):
+            for line in evidence_lines(event.diagnosis):
+                self._output.note(f"the engine's log, {line}")
+        elif isinstance(event, AutoFixed):
+            self._output.problems([Problem(event.id, event.message, blocking=False)])
+            self._output.note(f"auto-fix {event.attempt} for {event.id}: {event.what}")
         elif isinstance(event, Restarting):
             self._output.note(f"starting it again in {event.pause_s:g} s (restart {event.attempt})")
         elif isinstance(event, Stopping):
@@ -178,6 +187,8 @@ def event_data(event: Event) -> dict[str, Any]:
         fields = check_data(event)
     elif isinstance(event, SmokeReport):
         fields = {"url": event.url, "model": event.model, "ok": event.ok}
+    elif isinstance(event, Diagnosed):
+        fields = diagnosis_data(event.diagnosis)
     else:
         fields = json.loads(json.dumps(asdict(event), default=str))
     return {"event": EVENT_NAMES[type(event)], "time": round(time.time(), 3), **fields}

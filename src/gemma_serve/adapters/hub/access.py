@@ -104,9 +104,7 @@ def ask_access(
         else:
             token = replace(token, valid=None)
     if source is not None and not source.is_sent:
-        problems = tuple(
-            token_held_back(model) if p.code == "hub.no_token" else p for p in problems
-        )
+        problems = tuple(token_held_back(model) if p.code in _NO_TOKEN else p for p in problems)
     gated = repository is None or repository.gated
     if token is not None and token.may_read_gated is False and gated and _refused(problems):
         problems = (token_lacks_permission(model),)
@@ -235,7 +233,7 @@ def _token(source: TokenSource | None, answer: object) -> Token | None:
 _PROXY_WANTS_A_PASSWORD = 407
 
 # The more of the others an answer explains, the earlier it stands.
-_TELLING = ("hub.invalid_token", "hub.not_found", "hub.offline_missing")
+_TELLING = ("hub.invalid_token", "repo-not-found", "offline-cache-miss")
 
 
 def _told_once(problems: list[Problem]) -> tuple[Problem, ...]:
@@ -247,9 +245,8 @@ def _told_once(problems: list[Problem]) -> tuple[Problem, ...]:
     return tuple(by_code.values())
 
 
-_REFUSALS = frozenset(
-    {"hub.no_token", "hub.licence_not_accepted", "hub.token_lacks_permission", "hub.forbidden"}
-)
+_NO_TOKEN = frozenset({"gated-no-token", "hub.no_token"})
+_REFUSALS = _NO_TOKEN | {"gated-no-licence", "hub.token_lacks_permission", "hub.forbidden"}
 
 
 def _refused(problems: tuple[Problem, ...]) -> bool:

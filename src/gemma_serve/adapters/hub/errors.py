@@ -152,7 +152,7 @@ def _os_problem(error: OSError, asked: Asked) -> Problem:
     if error.errno in _NO_SPACE:
         where = f" for {error.filename}" if error.filename else ""
         return Problem(
-            "hub.disk_full",
+            "disk-full",
             f"the disk has no room left{where}: {error.strerror}; what came so far is kept",
             hint="free some space and run the same command again: it goes on where it stopped",
         )
@@ -170,7 +170,7 @@ def not_found(asked: Asked, found: str) -> Problem:
     """There is no such model, as far as the Hub lets us know."""
     private = "" if asked.has_token else "; if it is private, run `hf auth login` or set HF_TOKEN"
     return Problem(
-        "hub.not_found",
+        "repo-not-found",
         f"`{asked.model}` {found}; the name of a model there, or a folder, is wanted",
         hint=f"check the spelling: `gemma-serve models` lists the public Gemmas{private}",
     )
@@ -188,7 +188,7 @@ def _no_repository(error: Any, asked: Asked) -> Problem:
 def offline_missing(model: str, cache: Path) -> Problem:
     """The Hub may not be asked, and the model is not here."""
     return Problem(
-        "hub.offline_missing",
+        "offline-cache-miss",
         f"HF_HUB_OFFLINE is set, and the local cache {cache} does not hold {model} whole",
         hint="check HF_HOME, unset HF_HUB_OFFLINE, or where there is a network run "
         f"`gemma-serve download --model {model} --to DIR`, and bring DIR here for `--model DIR`",
@@ -218,7 +218,7 @@ def _no_entry(error: Any, asked: Asked) -> Problem:
 
 def _broken(error: Any, asked: Asked) -> Problem:
     return Problem(
-        "model.weights_broken",
+        "weights-truncated",
         f"a weight file of {asked.model} on the Hub has no readable safetensors header",
         hint="choose another `--revision`, or tell the model's owner",
     )
@@ -244,7 +244,7 @@ def _wrong_content(error: WrongContentError, asked: Asked) -> Problem:
 def no_token(model: str) -> Problem:
     """The model is gated, and nobody has signed in."""
     return Problem(
-        "hub.no_token",
+        "gated-no-token",
         f"{model} is gated, and no token is found to ask for it with",
         hint=f"accept the licence at https://huggingface.co/{model}, then run `hf auth login` or "
         "set HF_TOKEN",
@@ -254,7 +254,7 @@ def no_token(model: str) -> Problem:
 def token_held_back(model: str) -> Problem:
     """A token is there, and the client was told to keep it."""
     return Problem(
-        "hub.no_token",
+        "gated-no-token",
         f"{model} is gated, and HF_HUB_DISABLE_IMPLICIT_TOKEN keeps your token from being sent",
         hint="unset HF_HUB_DISABLE_IMPLICIT_TOKEN",
     )
@@ -278,12 +278,12 @@ def _gated(error: Any, asked: Asked) -> Problem:
         return no_token(asked.model)
     if "awaiting" in str(error):
         return Problem(
-            "hub.licence_not_accepted",
+            "gated-no-licence",
             f"the request of this account for {asked.model} still awaits an answer of its owner",
             hint=f"see https://huggingface.co/{asked.model} for its state",
         )
     return Problem(
-        "hub.licence_not_accepted",
+        "gated-no-licence",
         f"the account of this token has not accepted the licence of {asked.model}",
         hint=f"accept it at https://huggingface.co/{asked.model} with that very account; it holds "
         "at once, no new token is needed",

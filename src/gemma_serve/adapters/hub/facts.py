@@ -31,7 +31,7 @@ _AT_ONCE = 8
 _TOKEN_LIMIT_S = 1.0
 # What settles that there is no such model, or none that can be served; the rest leaves it open.
 _SETTLES = frozenset(
-    {"hub.not_found", "hub.revision_not_found", "model.no_config", "model.weights_broken"}
+    {"repo-not-found", "hub.revision_not_found", "model.no_config", "weights-truncated"}
 )
 
 

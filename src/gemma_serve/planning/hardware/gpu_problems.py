@@ -14,6 +14,10 @@ CONTEXT_BYTES = 600 * 2**20
 
 _OLD_GPU = "Gemma 1 runs in float16 there, later ones in float32, which takes twice the memory"
 
+_USUAL_CUDA = "13.0"
+# The first driver that runs each major version of CUDA.
+_LEAST_DRIVERS = {12: 525, 13: 580}
+
 # Less than this unaccounted for is the driver's and the desktop's own.
 _UNSEEN_BYTES = 2**30
 
@@ -51,24 +55,37 @@ def gpu_problems(
     return tuple(problem for problem in found if problem is not None)
 
 
-def driver_problem(cuda_version: str | None) -> Problem | None:
-    """A warning when the driver is older than the CUDA 13 that vLLM's usual wheels need."""
-    if cuda_version is None or int(cuda_version.split(".")[0]) >= 13:
+def driver_problem(cuda_version: str | None, built_for: str | None = None) -> Problem | None:
+    """Why the driver can't run an engine that is `built_for` a CUDA, both as "13.0".
+
+    Where that isn't known, it is a warning on the CUDA 13 of vLLM's usual wheels. Within a major
+    version every driver will do.
+    """
+    needed = _major(built_for or _USUAL_CUDA)
+    if cuda_version is None or _major(cuda_version) >= needed:
         return None
+    what = f"the installed vLLM is built for CUDA {built_for}"
+    if built_for is None:
+        what = f"vLLM's wheels on PyPI are built for CUDA {_USUAL_CUDA}"
+    least = _LEAST_DRIVERS.get(needed)
+    newer = f"to {least} or newer" if least else "to the newest"
     return Problem(
-        "gpu.driver_old",
-        f"the NVIDIA driver runs CUDA {cuda_version} at most; "
-        "vLLM's wheels on PyPI are built for CUDA 13.0",
-        hint="update the driver to 580 or newer, or install a vLLM built for CUDA 12",
-        blocking=False,
+        "driver-too-old",
+        f"the NVIDIA driver runs CUDA {cuda_version} at most; {what}",
+        hint=f"update the driver {newer}, or install a vLLM built for CUDA {_major(cuda_version)}",
+        blocking=built_for is not None,
     )
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
 
 
 def _too_few(chosen: Sequence[Gpu], wanted: int) -> Problem | None:
     if len(chosen) >= wanted:
         return None
     return Problem(
-        "gpu.too_few",
+        "tp-too-big",
         f"--tensor-parallel-size {wanted} wants {wanted} GPUs of one kind; "
         f"found {len(chosen)}: {list_gpus(chosen)}",
         hint=f"say `--tensor-parallel-size {_power_of_two_within(len(chosen))}`, or choose a "
@@ -114,7 +131,7 @@ def _busy(gpu: Gpu, requested: int, utilization: float, advice: float | None) ->
     )
     if gpu.free_bytes < requested:
         message = f"{wants}; {_holders(gpu)}"
-        return Problem("gpu.busy", message, _way_out(gpu, advice))
+        return Problem("gpu-busy", message, _way_out(gpu, advice))
     if gpu.free_bytes - CONTEXT_BYTES < requested:
         message = (
             f"{wants}, which leaves less than the {gib(CONTEXT_BYTES)} that "
@@ -181,7 +198,7 @@ def _no_bf16(chosen: Sequence[Gpu], dtype: str, engine_dtype: str | None) -> Pro
             "float16": "it will be computed in float16, in which this Gemma can run",
         }.get(engine_dtype or "", _OLD_GPU)
     return Problem(
-        "gpu.no_bf16",
+        "bf16-unsupported",
         f"{name_gpus(old)} ({old[0].name}) {'has' if len(old) == 1 else 'have'} compute capability "
         f"{major}.{minor}; "
         "bfloat16, in which Gemma is published, wants 8.0 or newer",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from gemma_serve.errors import Problem, UsageError
 
 _MOST_LISTED = 8
+# How CUDA's names for GPUs and their slices begin, where they are no numbers.
+_UUIDS = ("GPU-", "MIG-")
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _named_by(entry: str, gpus: Sequence[Gpu], *, by_uuid: bool) -> list[Gpu]:
 
 def _hidden(value: str, gpus: Sequence[Gpu]) -> Problem:
     return Problem(
-        "gpu.hidden",
+        "no-gpu-visible",
         f'CUDA_VISIBLE_DEVICES="{value}" hides {name_gpus(gpus)} from CUDA; '
         "at least one visible GPU is wanted",
         hint="run `unset CUDA_VISIBLE_DEVICES`, or name the GPUs to use: "
@@ -186,14 +188,15 @@ def _stopped_at(
     rest = f"so CUDA sees only {name_gpus(seen)}" if seen else "so CUDA sees no GPU"
     choices = ",".join(str(gpu.index) for gpu in gpus)
     hint = f"give numbers among {choices}: `export CUDA_VISIBLE_DEVICES={gpus[0].index}`"
-    code = "gpu.visible_unknown"
+    code = "gpu.visible_unknown" if seen else "no-gpu-visible"
     what = f'"{entry}" names no GPU of this machine, which has {list_gpus(gpus)}'
+    if entry.startswith(_UUIDS):
+        # vLLM reads them as numbers, and fails.
+        code = "visible-devices"
     if entry.startswith("MIG-"):
-        code = "gpu.visible_mig"
         what = f'"{entry}" is a MIG slice, and vLLM takes whole GPUs by number only'
         hint = f"switch MIG off (`sudo nvidia-smi -mig 0`) and {hint}"
     elif found:
-        code = "gpu.visible_ambiguous"
         what = f'"{entry}" is the beginning of more than one UUID ({name_gpus(found)})'
     message = f'in CUDA_VISIBLE_DEVICES="{value}", {what}, {rest}'
     return Problem(code, message, hint, blocking=not seen)
@@ -201,7 +204,7 @@ def _stopped_at(
 
 def _twice(value: str, gpu: Gpu) -> Problem:
     return Problem(
-        "gpu.visible_twice",
+        "no-gpu-visible",
         f'CUDA_VISIBLE_DEVICES="{value}" names GPU {gpu.index} twice, for which CUDA hides every '
         "GPU; each may be named once",
         hint="name each GPU once, or run `unset CUDA_VISIBLE_DEVICES`",

@@ -139,7 +139,7 @@ def _problems(
     if not chunked and tokens < max_model_len:
         problems.append(
             Problem(
-                "plan.batched_tokens_too_few",
+                "plan.batch_too_small",
                 f"without chunked prefill a batch of {tokens} tokens can't hold a request of "
                 f"{max_model_len}",
                 f"say `--max-num-batched-tokens {max_model_len}` or `--max-model-len {tokens}`",
@@ -148,7 +148,7 @@ def _problems(
     if tokens < seqs:
         problems.append(
             Problem(
-                "plan.batched_tokens_too_few",
+                "plan.batch_too_small",
                 f"a batch of {tokens} tokens can't hold one token of each of {seqs} requests",
                 f"say `--max-num-batched-tokens {seqs}` or `--max-num-seqs {tokens}`",
             )
@@ -156,7 +156,7 @@ def _problems(
     if largest is not None and tokens < largest[0]:
         problems.append(
             Problem(
-                "plan.mm_batch_too_small",
+                "mm-batch-too-small",
                 f"one {largest[1]} takes up to {largest[0]} tokens and can't be cut, but a batch "
                 f"holds {tokens}",
                 f"say `--max-num-batched-tokens {largest[0]}`, or serve text alone with "

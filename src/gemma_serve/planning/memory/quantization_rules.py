@@ -36,6 +36,11 @@ def quantization_refusal(
         if runs or not while_loading:
             return None
         return f"vLLM's CPU build does not quantize weights with `{method}` while loading"
+    return capability_refusal(method, capability, rules)
+
+
+def capability_refusal(method: str, capability: tuple[int, int], rules: EngineRules) -> str | None:
+    """Why a GPU has no kernels for weights quantized this way; None if it has."""
     has = f"the GPU has compute capability {capability[0]}.{capability[1]}"
     if method in rules.blackwell_quantization_methods and capability[0] != 10:
         return f"`{method}` runs on compute capability 10.x (B200) only, and {has}"

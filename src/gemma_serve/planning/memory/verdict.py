@@ -15,6 +15,7 @@ from gemma_serve.planning.memory.engine_rules import (
 )
 from gemma_serve.planning.memory.fit import DeviceMemory, Fit
 from gemma_serve.planning.memory.quantization_rules import (
+    capability_refusal,
     quantization_conflict,
     quantization_refusal,
     stored_method,
@@ -24,6 +25,11 @@ from gemma_serve.planning.memory.tensor_parallel import illegal_tensor_parallel_
 from gemma_serve.planning.model.dtypes import REFUSES_FLOAT16, choose_dtype
 from gemma_serve.planning.model.facts import ModelFacts
 from gemma_serve.planning.sizes import gib
+
+# What says that there is too little memory, whichever part of it breaks the budget.
+DOES_NOT_FIT = frozenset(
+    {"weights-oom", "kv-none", "kv-too-small", "cpu-memory-busy", "plan.does_not_fit"}
+)
 
 # Turing: CUDA 13, for which vLLM's wheels are built, has dropped what is older.
 _OLDEST_CAPABILITY = (7, 5)
@@ -79,7 +85,7 @@ def model_problems(
     if facts.geometry is not None and too_old:
         found.append(
             Problem(
-                "model.engine_too_old" if since else "model.not_served",
+                "arch-unsupported" if since else "model.not_served",
                 f"vLLM {version or rules.version} does not know the architecture {architecture} "
                 f"of {facts.model}",
                 f"install vLLM {since} or later" if since else "choose another model",
@@ -114,7 +120,7 @@ def _too_long(facts: ModelFacts, wishes: Wishes) -> Problem | None:
     if facts.geometry is None or wanted is None or wanted <= longest:
         return None
     return Problem(
-        "plan.longer_than_model",
+        "len-over-derived",
         f"--max-model-len {wanted} is longer than {facts.model} was made for, "
         f"which is {longest} tokens",
         f"say `--max-model-len {longest}`, or leave it out",
@@ -131,7 +137,7 @@ def _illegal_split(facts: ModelFacts, wishes: Wishes, machine: Machine) -> Probl
     legal = legal_sizes(facts, max(1, machine.most_gpus))
     nearest = min(legal, key=lambda n: (abs(n - size), n))
     return Problem(
-        "plan.tensor_parallel_size",
+        "tp-heads",
         f"--tensor-parallel-size {size} can't be: {_sentence(reason)}",
         f"say `--tensor-parallel-size {nearest}`",
     )
@@ -180,7 +186,9 @@ def _quantization(
     if refusal is None:
         return None
     hint = "leave `--quantization` out" if stored is None else "take weights that are not quantized"
-    return Problem("plan.quantization", refusal, hint)
+    capability = device.compute_capability
+    by_gpu = capability is not None and refusal == capability_refusal(method, capability, rules)
+    return Problem("quant-capability" if by_gpu else "plan.quantization", refusal, hint)
 
 
 def online_fp8(rules: EngineRules) -> str | None:
@@ -194,7 +202,7 @@ def _no_float16(facts: ModelFacts, wishes: Wishes, device: DeviceMemory) -> Prob
         return None
     stable = choose_dtype("auto", facts, device.compute_capability).dtype
     return Problem(
-        "model.no_fp16",
+        "fp16-refused",
         f"--dtype float16 is refused by vLLM for a `{facts.model_type}`, which is numerically "
         "unstable in it; bfloat16 or float32 is wanted",
         hint=f"say `--dtype {stable}`",
@@ -206,7 +214,7 @@ def _too_old(device: DeviceMemory) -> Problem | None:
     if capability is None or capability >= _OLDEST_CAPABILITY:
         return None
     return Problem(
-        "plan.gpu_too_old",
+        "no-kernel-image",
         f"{device.name} has compute capability {capability[0]}.{capability[1]}, for which vLLM's "
         "wheels hold no kernels",
         "take a GPU with compute capability 7.5 or newer",
@@ -254,23 +262,44 @@ def _does_not_fit(facts: ModelFacts, wishes: Wishes, fit: Fit, device: DeviceMem
     )
     of = f"of {gib(room)}{_share(fit, device)}"
     if fit.capacity is not None and fit.capacity.fits and needed <= room and device.kind == "cuda":
-        return replace(_spills(fit, device), code="plan.does_not_fit", blocking=True)
+        return replace(_spills(fit, device), code="weights-oom", blocking=True)
     if fit.kv_cache is None or needed >= room:
         cache = f", KV cache {gib(fixed)}" if fixed else ""
         cache += f" for each of {ranks} ranks" if ranks > 1 else ""
         return Problem(
-            "plan.does_not_fit",
+            _too_large(needed, device),
             f"{facts.model} does not fit {_where(device, fit)}: it takes {gib(needed)} "
             f"({parts}{cache}) {of}",
         )
+    if device.kind == "cpu" and not fit.settings.fixes_kv_cache and memory.requested_bytes > room:
+        return _share_is_taken(fit, device)
     longest = fit.longest_model_len
     return Problem(
-        "plan.does_not_fit",
+        "kv-too-small",
         f"one request of {fit.settings.max_model_len} tokens needs "
         f"{gib(fit.kv_cache.smallest_memory)} of KV cache, and {gib(memory.kv_cache_bytes)} is "
         f"left for it on {_where(device, fit)} ({parts}, {of})",
         f"say `--max-model-len {longest}`" if longest else "",
     )
+
+
+def _share_is_taken(fit: Fit, device: DeviceMemory) -> Problem:
+    """vLLM's share of a machine whose memory others use."""
+    share = f"--gpu-memory-utilization {fit.settings.gpu_memory_utilization:g}"
+    return Problem(
+        "cpu-memory-busy",
+        f"vLLM wants {gib(fit.memory.requested_bytes)} of main memory ({share}), and "
+        f"{gib(device.free_bytes)} of {gib(device.total_bytes)} are free",
+        "fix the size of the cache instead: `--kv-cache-memory-bytes 1G`",
+    )
+
+
+def _too_large(needed: int, device: DeviceMemory) -> str:
+    """What the engine would fail of that needs so much without a cache that vLLM sizes."""
+    if device.kind == "cpu":
+        return "cpu-memory-busy" if needed <= device.total_bytes else "plan.does_not_fit"
+    # vLLM keeps to its share only when it sizes the cache: until then it takes what there is.
+    return "weights-oom" if needed > device.total_bytes else "kv-none"
 
 
 def _room(fit: Fit, device: DeviceMemory) -> int:
@@ -329,7 +358,7 @@ def _not_planned(names: Iterable[str]) -> Problem:
 
 def _soften(problem: Problem) -> Problem:
     """A verdict on memory that may be wrong is no reason to refuse."""
-    return replace(problem, blocking=False) if problem.code == "plan.does_not_fit" else problem
+    return replace(problem, blocking=False) if problem.code in DOES_NOT_FIT else problem
 
 
 def _sentence(text: str) -> str:

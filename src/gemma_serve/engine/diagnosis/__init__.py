@@ -1,0 +1,1 @@
+"""What a log says went wrong: the one root cause, of those that are known."""
