@@ -116,6 +116,13 @@ def test_a_refusal_is_mended_only_if_nothing_else_is_in_the_way():
     assert fix(busy) == Fix("gpu-busy", "wait for memory that is being released", {}, {}, True)
     assert fix(busy, other) is None
     assert fix(other) is None
+    long = Problem("len-over-derived", "too long", settings={"max_model_len": "2048"})
+    assert fix(long) == Fix(
+        "len-over-derived", "--max-model-len 2048", {"max_model_len": "2048"}, {}
+    )
+    # The one after the other, each with a start of its own.
+    assert fix(long, busy) == fix(long)
+    assert fix(Problem("kv-too-small", "nobody knows how long")) is None
 
 
 def test_each_fix_is_tried_once_and_three_at_most(environ):
@@ -157,6 +164,15 @@ def test_a_context_that_is_too_long_is_shortened_and_the_start_succeeds(up):
     assert "auto-fix 1 for kv-too-small: --max-model-len 1024\n" in err
     assert err.count("engine's pid") == 2
     assert any(line.startswith("ready after") for line in program.out)
+
+
+def test_a_context_that_is_refused_before_the_start_is_shortened_too(up):
+    program = up("--once", "--max-model-len", "99999")
+    assert program.exit_code() == 0
+    err = "".join(program.err)
+    assert "warning: the context is longer than the model was made for: " in err
+    assert "auto-fix 1 for len-over-derived: --max-model-len 2048\n" in err
+    assert err.count("engine's pid") == 1
 
 
 def test_a_fix_that_did_not_help_is_not_tried_again(up):

@@ -148,7 +148,7 @@ def line(text: str) -> list[str]:
     return text.split()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lines())
 @example(line("--model google/gemma-4-E2B-it --for-gpu t4x4 --dtype bfloat16 --kv-cache-dtype fp8"))
 @example(line("--model google/gemma-7b-it --for-gpu h200x2 --tensor-parallel-size 4"))
@@ -165,7 +165,7 @@ def test_no_flags_give_a_plan_that_contradicts_itself(argv: list[str]) -> None:
         hold_together(argv, data)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lines())
 @example(line("--model google/gemma-7b-it --for-gpu h200 --kv-cache-memory-bytes 200000000000"))
 @example(line("--model google/gemma-3n-E4B --for-gpu rtx3060-12x8 --max-model-len 10000000 "
@@ -183,7 +183,7 @@ def test_every_way_out_fits(argv: list[str]) -> None:
             assert planned == {name: one[name] for name in PLANNED[:2]}
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lines(), st.data())
 def test_a_plan_that_fits_does_so_when_typed_out_and_with_shorter_contexts(
     argv: list[str], data: st.DataObject
@@ -202,7 +202,7 @@ def test_a_plan_that_fits_does_so_when_typed_out_and_with_shorter_contexts(
     assert check(changed(argv, f"--max-model-len {shorter}"))[0] == 0
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lines(), st.integers(4, 200), st.integers(1, 200))
 def test_more_memory_never_makes_what_fits_a_misfit(argv: list[str], size: int, more: int) -> None:
     if "--for-gpu" not in argv:

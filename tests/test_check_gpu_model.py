@@ -692,7 +692,7 @@ CARDS = ["t4", "l4", "l4x4", "a100-40x8", "h200", "1GiB", "24GiBx2", "v100", "b2
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     model=st.sampled_from(["demo", *(entry.id for entry in load_catalogue())]),

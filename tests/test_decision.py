@@ -343,7 +343,7 @@ MODELS = [
 ]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.sampled_from(MODELS), st.integers(6, 200), st.integers(1, 8), st.integers(1, 200))
 def test_with_more_memory_what_fits_goes_on_fitting(
     model: str, size: int, count: int, more: int
@@ -352,7 +352,7 @@ def test_with_more_memory_what_fits_goes_on_fitting(
     assert after.fits or not before.fits
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.sampled_from(MODELS), st.integers(6, 200), st.data())
 def test_what_fits_goes_on_fitting_with_a_shorter_context(
     model: str, size: int, data: st.DataObject

@@ -143,13 +143,16 @@ def test_a_dash_is_standard_input():
     assert json.loads(done.stdout)["data"]["id"] == "kv-too-small"
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe\0\x89PNG\n" * 1000], ids=["empty", "rubbish"])
-def test_what_is_no_log_is_said_without_a_traceback(data, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"", "the log is empty"), (b"\xff\xfe\0\x89PNG\n" * 1000, "no vLLM wrote this log")],
+)
+def test_what_is_no_log_is_said_without_a_traceback(data, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert main(["diagnose", "-"]) == 1
     assert capsys.readouterr() == (
-        "unknown: nothing of an engine is in this log\n"
-        "  cause    it is empty, or no vLLM wrote it\n",
+        f"unknown: {said}\n"
+        "  fix      give the engine's whole log, with both of its streams: `2>&1`\n",
         "",
     )
 
@@ -228,7 +231,7 @@ def test_what_was_rotated_away_since_the_start_belongs_to_the_log(environ):
 def test_a_log_that_grows_is_read_to_where_it_ended(tmp_path, monkeypatch):
     """As fast as it is read, it is written: reading to its end would never end."""
     log = tmp_path / "engine.log"
-    log.write_bytes(FAILING.read_bytes())
+    log.write_bytes(FAILING.read_bytes() + b"\n")
     size, more, real = log.stat().st_size, HEALTHY.read_bytes(), Path.open
 
     class Growing(io.FileIO):
@@ -238,7 +241,9 @@ def test_a_log_that_grows_is_read_to_where_it_ended(tmp_path, monkeypatch):
             return super().read(wanted)
 
     monkeypatch.setattr(
-        Path, "open", lambda path, mode="r": Growing(path) if path == log else real(path, mode)
+        Path,
+        "open",
+        lambda path, *how, **more: Growing(path) if path == log else real(path, *how, **more),
     )
     assert diagnose_file(log).diagnosis.id == "kv-too-small"
     assert log.stat().st_size > size

@@ -185,7 +185,7 @@ def test_of_several_runs_in_one_file_the_last_counts():
     later = {
         name: log
         for name, log in KEPT.items()
-        if begins_with_a_start(log) and expected(name) != "healthy"
+        if begins_with_a_start(log) and expected(name) not in ("healthy", "download-silent")
     }
     assert otherwise_named({name: CPU + log for name, log in later.items()}) == {}
     failing = KEPT["kv-none.text-b.vllm-0.11.0.log"] + b"\n"
@@ -405,9 +405,6 @@ def test_a_model_that_the_log_does_not_name_is_the_callers_or_none():
     assert diagnosed(log).command == "gemma-serve up --model MODEL --port 0"
 
 
-LAST = (Place(33, "INFO:     Application startup complete."),)
-
-
 @pytest.mark.parametrize(
     ("ending", "id_", "said"),
     [
@@ -416,11 +413,14 @@ LAST = (Place(33, "INFO:     Application startup complete."),)
         (Ending(lost="EngineCore"), "engine-killed", "EngineCore"),
         (Ending(signum=9, out_of_memory=True), "host-oom", "the kernel killed"),
         (Ending(lost="EngineCore", out_of_memory=True), "host-oom", "the kernel killed"),
+        # Memory is no reason for a crash.
+        (Ending(signum=11, out_of_memory=True), "engine-killed", "SIGSEGV: it crashed"),
+        (Ending(generates_nothing=True), "alive-but-dead", "the server lives"),
     ],
 )
 def test_an_end_without_a_word_is_told_by_how_it_ended(ending, id_, said):
     found = diagnosed(CPU, ending)
-    assert (found.verdict, found.id, found.evidence) == ("known", id_, LAST)
+    assert (found.verdict, found.id, found.evidence) == ("known", id_, ())
     assert said in found.cause
 
 
@@ -505,9 +505,9 @@ RUBBISH = {
 
 @pytest.mark.parametrize("data", RUBBISH.values(), ids=RUBBISH)
 def test_what_is_no_log_of_vllm_is_unknown(data):
-    assert diagnosed(data, piece=2**20) == Diagnosis(
-        "unknown", None, "nothing of an engine is in this log", "it is empty, or no vLLM wrote it"
-    )
+    title = "no vLLM wrote this log" if data.strip(b"\n") else "the log is empty"
+    fix = "give the engine's whole log, with both of its streams: `2>&1`"
+    assert diagnosed(data, piece=2**20) == Diagnosis("unknown", None, title, fix=fix)
 
 
 def test_a_failure_within_one_endless_line_is_found_in_time():
@@ -526,7 +526,7 @@ PIECES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(PIECES, max_size=12), st.integers(min_value=1, max_value=50))
 def test_anything_in_any_pieces_gives_one_diagnosis(parts, piece):
     log = b"".join(parts)

@@ -83,7 +83,7 @@ PROMISED = [
 ]
 
 # What a judge adds to the numbers of the log: the model, the signal, the process that is gone.
-GIVEN = {"model", "signal", "process"}
+GIVEN = {"model", "hub_model", "model_folder", "deployment", "signal", "process", "port"}
 COMMANDS = {
     name: {opt for parameter in command.params for opt in parameter.opts if opt.startswith("-")}
     for name, command in typer.main.get_command(app).commands.items()

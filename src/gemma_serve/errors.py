@@ -12,8 +12,8 @@ command or the flag that mends it. `code` is the stable name that `--json` shows
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 EXIT_OK = 0
@@ -27,12 +27,14 @@ class Problem:
     """One thing that a command found wrong.
 
     `blocking` problems turn the command's answer into "no"; the others are worth knowing.
+    `settings` are those that are certain to mend it, by name.
     """
 
     code: str
     message: str
     hint: str = ""
     blocking: bool = True
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 class GemmaServeError(Exception):

@@ -300,6 +300,16 @@ def _signal_name(numbers: Numbers) -> str | None:
         return f"signal {number}"
 
 
+def _signal_meaning(numbers: Numbers) -> str | None:
+    number = _integer(numbers, "signal")
+    if number is None:
+        return None
+    if number == signal.SIGKILL:
+        return "somebody sent that, or the system for want of memory"
+    crashed = number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)
+    return "it crashed" if crashed else "somebody sent that"
+
+
 def _integer(numbers: Numbers, name: str) -> int | None:
     try:
         return int(numbers[name])
@@ -314,4 +324,5 @@ _DERIVED: Mapping[str, Callable[[Numbers], str | None]] = {
     "doubled_timeout_s": _doubled_timeout_s,
     "needed_power_of_two": _needed_power_of_two,
     "signal_name": _signal_name,
+    "signal_meaning": _signal_meaning,
 }

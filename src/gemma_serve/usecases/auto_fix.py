@@ -86,9 +86,9 @@ def find_fix(
         return _before_start(error, flags, environ, catalogue)
     if not _failed_while_starting(folder):
         return None
-    if error.problems[0].code == "engine.phase_timeout":
-        return _longer_phase(folder, flags, environ)
     found = kept_diagnosis(folder)
+    if error.problems[0].code == "engine.phase_timeout" and (found is None or found.id is None):
+        return _longer_phase(folder, flags, environ)
     if found is None or found.id is None or found.remedy is None:
         return None
     return _fix_for(found.id, found.remedy, found.change, flags, environ)
@@ -97,13 +97,15 @@ def find_fix(
 def _before_start(
     error: GemmaServeError, flags: Flags, environ: Environ, catalogue: FailureCatalogue
 ) -> Fix | None:
-    """A fix for a refusal, if it is the only thing in the way."""
-    codes = {problem.code for problem in error.problems}
-    if len(codes) != 1:
-        return None
-    (id_,) = codes
-    remedy = catalogue[id_].remedy if id_ in catalogue else None
-    return None if remedy is None else _fix_for(id_, remedy, None, flags, environ)
+    """A fix for the first refusal, if each one that is in the way has one."""
+    fixes = []
+    for problem in error.problems:
+        remedy = catalogue[problem.code].remedy if problem.code in catalogue else None
+        if remedy is None:
+            return None
+        change = Change(problem.settings) if problem.settings else None
+        fixes.append(_fix_for(problem.code, remedy, change, flags, environ))
+    return fixes[0] if all(fixes) else None
 
 
 def used_memory_bytes() -> int:
@@ -149,8 +151,8 @@ def _fix_for(
 
 
 def _another_port(id_: str, flags: Flags, environ: Environ) -> Fix:
-    address = str(flags.get("host") or "127.0.0.1")
-    port = next(_free_ports(address, flags.get("port")))
+    address = str(flags.get("host") or environ.get("GEMMA_SERVE_HOST") or "127.0.0.1")
+    port = next(_free_ports(address, flags.get("port") or environ.get("GEMMA_SERVE_PORT")))
     return Fix(id_, f"--port {port}", {**flags, "port": str(port)}, environ)
 
 

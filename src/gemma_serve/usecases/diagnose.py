@@ -6,14 +6,15 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from gemma_serve.adapters.package_data import load_failures
-from gemma_serve.adapters.state import Deployment, DeploymentFolder
+from gemma_serve.adapters.secrets import without_secrets
+from gemma_serve.adapters.state import Deployment, DeploymentFolder, all_deployments
 from gemma_serve.engine.diagnosis.diagnoser import Diagnoser
 from gemma_serve.engine.diagnosis.diagnosis import Also, Diagnosis, Ending
 from gemma_serve.engine.diagnosis.text import Place
@@ -27,10 +28,15 @@ _PER_READ = 2**20
 
 @dataclass(frozen=True)
 class DiagnosisReport:
-    """A diagnosis and whose log it is of: a path, "standard input", or a deployment's."""
+    """A diagnosis and whose log it is of: a path, "standard input", or a deployment's.
+
+    `started_at` is when that run was started (seconds since 1970), for a deployment.
+    """
 
     source: str
     diagnosis: Diagnosis
+    deployment: str | None = None
+    started_at: float | None = None
 
 
 def diagnose_file(path: Path) -> DiagnosisReport:
@@ -59,11 +65,13 @@ def diagnose_stream(stream: BinaryIO) -> DiagnosisReport:
 
 
 def diagnose_deployment(name: str | None, environ: Mapping[str, str]) -> DiagnosisReport:
-    """Diagnose the last start of a deployment, running or not.
+    """Diagnose the last start of a deployment, running or not; by default of the newest.
 
     Raises:
         GemmaServeError: there is no such deployment, or it has no log.
     """
+    if name is None and (known := all_deployments(environ)):
+        name = max(known, key=lambda one: one.changed_at).name
     deployment = find_deployment(name, environ).deployment
     folder = DeploymentFolder(deployment.folder)
     if not folder.log.exists():
@@ -73,7 +81,10 @@ def diagnose_deployment(name: str | None, environ: Mapping[str, str]) -> Diagnos
             hint=f"`gemma-serve status {deployment.name}` says what became of it",
         )
     ending = _kept_ending(folder) if deployment.state == "failed" else None
-    return DiagnosisReport(str(folder.log), diagnose_run(folder, deployment, ending))
+    if deployment.state == "unhealthy":
+        ending = Ending(generates_nothing=True)
+    found = diagnose_run(folder, deployment, ending)
+    return DiagnosisReport(str(folder.log), found, deployment.name, deployment.started_at)
 
 
 def diagnose_run(
@@ -81,7 +92,7 @@ def diagnose_run(
 ) -> Diagnosis:
     """Diagnose what the engine has printed since its last start; `ending` says how it ended."""
     files = _files_since(folder.log, deployment.started_at)
-    known = {"model": deployment.model}
+    known = {"model": deployment.model, "deployment": deployment.name}
     if port := urlsplit(deployment.url).port:
         known["port"] = str(port)
     return diagnose(_all_pieces(files), ending, known=known)
@@ -94,7 +105,19 @@ def diagnose(
     diagnoser = Diagnoser(load_failures())
     for piece in pieces:
         diagnoser.feed(piece)
-    return diagnoser.finish(ending, known=known)
+    return _without_secrets(diagnoser.finish(ending, known=known))
+
+
+def _without_secrets(found: Diagnosis) -> Diagnosis:
+    """A log may quote a token, and a diagnosis is shown, kept and passed on."""
+    evidence = tuple(replace(one, text=without_secrets(one.text)) for one in found.evidence)
+    return replace(
+        found,
+        cause=without_secrets(found.cause),
+        fix=without_secrets(found.fix),
+        command=without_secrets(found.command),
+        evidence=evidence,
+    )
 
 
 def keep_diagnosis(folder: DeploymentFolder, diagnosis: Diagnosis, ending: Ending) -> None:

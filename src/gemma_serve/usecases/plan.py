@@ -257,7 +257,7 @@ def _for_up(problem: Problem, *, force: bool) -> Problem:
 
 # `--force` overrides verdicts on hardware, memory and the model's kind, not broken files.
 _ALSO_FORCED = ("model.embeds", "model.not_served", "arch-unsupported", "fp16-refused",
-                "python-headers", "shm-small")  # fmt: skip
+                "python-headers", "shm-small", "flag-unknown")  # fmt: skip
 
 
 def _refuse_to_be_open(config: ServeConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_serve.adapters.settings import API_KEY_VARIABLE
 from gemma_serve.adapters.state import DeploymentFolder
-from gemma_serve.errors import GemmaServeError
+from gemma_serve.errors import GemmaServeError, Problem
 from gemma_serve.planning.problem_topics import topic_of
 from gemma_serve.planning.settings import SETTINGS
 from gemma_serve.usecases.check import check
@@ -53,10 +53,15 @@ def refuse_what_would_fail(plan: ServePlan) -> None:
     Raises:
         GemmaServeError: a new start would be refused.
     """
-    own = ("gpu", "port")
-    found = [p for p in check(plan).problems if p.blocking and topic_of(p.code) not in own]
+    found = [p for p in check(plan).problems if p.blocking and not _is_its_own(p)]
     if found:
         raise GemmaServeError.of(found)
+
+
+def _is_its_own(problem: Problem) -> bool:
+    """Whether the one that runs may be why: it holds GPUs, a port and memory."""
+    held = ("cpu-memory-busy", "shm-small")
+    return topic_of(problem.code) in ("gpu", "port") or problem.code in held
 
 
 def end_last_run(name: str, environ: Mapping[str, str], *, on_event: OnEvent) -> None:

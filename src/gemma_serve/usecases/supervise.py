@@ -163,7 +163,7 @@ class Supervisor:
             self.during(lambda: self._answer(cancelled))
         except EndpointError as error:
             self.look_once_more()
-            self._diagnose(Ending())
+            self._diagnose(Ending(generates_nothing=True))
             raise EngineFailed(
                 f"the engine started but generates nothing: {error}",
                 code="engine.no_token",
@@ -368,8 +368,9 @@ class Supervisor:
                 out_of_memory=self._was_out_of_memory(),
             )
         )
+        told = f"somebody told it to stop, and it ended with {how}"
         return EngineFailed(
-            f"the engine died {when}: {found.cause or found.title}",
+            f"the engine died {when}: {found.cause if found.found_failure else told}",
             code=found.id or "engine.died",
             hint="; ".join(part for part in (found.fix, whole) if part),
         )

@@ -12,6 +12,7 @@ from gemma_serve.usecases.deployments import Settled
 from gemma_serve.usecases.status import DeploymentStatus, Load
 from gemma_serve.view.diagnosis import diagnosis_data, evidence_lines
 from gemma_serve.view.orphans import orphan_data, orphan_problem
+from gemma_serve.view.times import age_text
 from gemma_serve.view.up import silence_text
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _state_line(status: DeploymentStatus) -> str:
         last = status.last_phases_s.get(deployment.phase)
         before = "" if last is None else f", {last:.1f} s last time"
         return f"{deployment.state}, in {deployment.phase} for {status.phase_s:.0f} s{before}"
-    since = _age(status.now - deployment.changed_at) if deployment.changed_at else ""
+    since = age_text(status.now - deployment.changed_at) if deployment.changed_at else ""
     state = f"{deployment.state} for {since}" if since else deployment.state
     if deployment.state == "ready" and deployment.ready_s is not None:
         return f"{state}, after a start of {deployment.ready_s:.1f} s"
@@ -175,16 +176,7 @@ def deployments_table(settled: Sequence[Settled]) -> Table | str:
     now = time.time()
     for one in settled:
         deployment = one.deployment
-        age = _age(now - deployment.changed_at) if deployment.changed_at else ""
+        age = age_text(now - deployment.changed_at) if deployment.changed_at else ""
         url = deployment.url if one.running else ""
         table.add_row(deployment.name, deployment.state, age, deployment.model, url)
     return table
-
-
-def _age(seconds: float) -> str:
-    """How long, in the largest unit that is full: "12 s", "3 min", "5 h", "2 days"."""
-    seconds = max(0.0, seconds)
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

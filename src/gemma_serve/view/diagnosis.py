@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from gemma_serve.adapters.secrets import without_secrets
 from gemma_serve.engine.diagnosis.diagnosis import Diagnosis
 from gemma_serve.errors import Problem
 from gemma_serve.usecases.diagnose import DiagnosisReport
+from gemma_serve.view.times import age_text
 
 _WIDTH = 9
 _LONGEST_LINE = 240
@@ -19,13 +20,10 @@ def diagnosis_data(diagnosis: Diagnosis) -> dict[str, Any]:
         "verdict": diagnosis.verdict,
         "id": diagnosis.id,
         "title": diagnosis.title,
-        "cause": without_secrets(diagnosis.cause),
+        "cause": diagnosis.cause,
         "fix": diagnosis.fix,
         "command": diagnosis.command,
-        "evidence": [
-            {"line": place.line, "text": without_secrets(place.text)}
-            for place in diagnosis.evidence
-        ],
+        "evidence": [{"line": place.line, "text": place.text} for place in diagnosis.evidence],
         "also": [
             {"id": other.id, "title": other.title, "line": other.line} for other in diagnosis.also
         ],
@@ -36,15 +34,18 @@ def diagnosis_text(report: DiagnosisReport) -> str:
     """The diagnosis for a person."""
     diagnosis = report.diagnosis
     head = diagnosis.verdict if diagnosis.id is None else diagnosis.id
-    return "\n".join([f"{head}: {diagnosis.title}", *_rows(diagnosis)])
+    lines = [f"{head}: {diagnosis.title}", *_rows(diagnosis)]
+    if report.deployment is not None and report.started_at is not None:
+        age = age_text(time.time() - report.started_at)
+        lines.append(
+            f"  {'log':{_WIDTH}}{report.source}, of {report.deployment} as started {age} ago"
+        )
+    return "\n".join(lines)
 
 
 def evidence_lines(diagnosis: Diagnosis) -> list[str]:
     """The lines of the log that show it."""
-    return [
-        f"line {place.line}: {_shortened(without_secrets(place.text))}"
-        for place in diagnosis.evidence
-    ]
+    return [f"line {place.line}: {_shortened(place.text)}" for place in diagnosis.evidence]
 
 
 def _shortened(text: str) -> str:
@@ -62,7 +63,7 @@ def diagnosis_problems(diagnosis: Diagnosis) -> tuple[Problem, ...]:
 
 def _rows(diagnosis: Diagnosis) -> list[str]:
     rows = [
-        ("cause", without_secrets(diagnosis.cause)),
+        ("cause", diagnosis.cause),
         ("fix", diagnosis.fix),
         ("command", diagnosis.command),
     ]

@@ -67,7 +67,10 @@ class Diagnoser:
 
     def _mark(self, mark: Mark, block: Block) -> None:
         if mark.kind == "start" and self._run.has_begun:
-            self._before, self._run = self._run, Run()
+            # A restart that was cut short hides nothing of the failure before it.
+            if self._before is None or self._run.has_trouble:
+                self._before = self._run
+            self._run = Run()
         self._run.add_mark(mark)
         if self._run.model is None and mark.kind in ("start", "engine"):
             self._run.model = model_in(block.passage(mark.at, mark.at + _NAMES_MODEL))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from gemma_serve.engine.diagnosis.run import Run
 from gemma_serve.engine.diagnosis.sightings import Sighting, Strength
 from gemma_serve.engine.diagnosis.text import Place
-from gemma_serve.engine.diagnosis.tracebacks import Raised
+from gemma_serve.engine.diagnosis.tracebacks import BROKEN_OFF, Raised
 from gemma_serve.planning.failures import (
     Change,
     Failure,
@@ -23,6 +24,7 @@ from gemma_serve.planning.failures import (
 )
 
 _MOST_EVIDENCE = 6
+_LONGEST_CAUSE = 300
 # So many of its messages are read for numbers.
 _MOST_READ = 4
 # In squeezed bytes: as long as one message is.
@@ -42,7 +44,7 @@ class Ending:
 
     `signum` is the signal that ended its leader, `lost` the process of it that is gone. With
     `out_of_memory` the kernel has killed something on this machine for memory meanwhile.
-    `silent_s` is for how long nothing was printed.
+    `silent_s` is for how long nothing was printed. It may also live and generate nothing.
     """
 
     signum: int | None = None
@@ -50,6 +52,7 @@ class Ending:
     lost: str | None = None
     out_of_memory: bool = False
     silent_s: float | None = None
+    generates_nothing: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -105,9 +108,11 @@ class _Judge:
     def verdict(self) -> Diagnosis | None:
         """What this run says; None for one that has not come to any end."""
         if failure := self._failure():
-            return self._known(failure)
+            return self._known(self._by_kernel(failure))
         if self.ending.signum is not None or self.ending.lost is not None:
-            return self._killed()
+            return self._known(self._by_kernel(self.catalogue["engine-killed"]))
+        if self.ending.generates_nothing:
+            return self._known(self.catalogue["alive-but-dead"])
         if failure := self._choose(("cause", "symptom"), ("request",), Strength.MENTIONED):
             return self._known(failure)
         if self._failed():
@@ -122,22 +127,28 @@ class _Judge:
         # A ready engine that lives on has refused a request with the words of a failed start.
         lives = self.run.ready is not None and not self._died() and not self.ending.is_known
         kinds: tuple[Kind, ...] = ("death",) if lives else ("start", "death")
-        for rank in ("cause", "symptom"):
-            if found := self._choose((rank,), kinds, Strength.PRINTED):
-                return found
-        if self._innermost() is not None:
+        if found := self._choose(("cause",), kinds, Strength.PRINTED):
+            return found
+        innermost = self._innermost()
+        # What was only printed before says less than what was raised in the end.
+        tells = innermost is None and self._failed()
+        least = Strength.PRINTED if tells else Strength.RAISED
+        if found := self._choose(("symptom",), kinds, least):
+            return found
+        if innermost is not None:
             return None
+        if self.run.last is not None and _KILLED.fullmatch(self.run.last.text):
+            return self.catalogue["engine-killed"]
         if not self._failed():
             return self._repeated()
-        found = self._choose(("notice",), kinds, Strength.MENTIONED)
-        if found is None and self._died() and self.run.is_whole:
+        if self._died() and self.run.is_whole and not self._breaks_off():
             # A process that ended without an error of its own was ended.
             return self.catalogue["engine-killed"]
-        return found
+        return self._choose(("notice",), kinds, Strength.MENTIONED)
 
     def _repeated(self) -> Failure | None:
         """A notice that came again and again, and last: then it is no notice any more."""
-        if self.run.last is None or not self.sightings:
+        if self.run.last is None or self.run.ready is not None or not self.sightings:
             return None
         last = self.sightings[-1]
         if last.part.times is None or self.run.end - last.position > _NEAR_THE_END:
@@ -169,6 +180,8 @@ class _Judge:
         numbers: dict[str, str] = {}
         for one in own[:_MOST_READ]:
             numbers = {**failure.find_numbers(one.passage), **numbers}
+        if failure.kind == "death":
+            numbers = {**numbers, **self._of_the_end()}
         words = failure.explain({**self.numbers, **failure.with_derived(numbers)})
         return Diagnosis(
             "known",
@@ -187,29 +200,31 @@ class _Judge:
         found: dict[str, Also] = {}
         for one in self.sightings:
             other = one.failure
-            telling = one.part.rank in ("cause", "symptom") and one.strength >= Strength.PRINTED
+            telling = one.part.rank == "cause" and one.strength >= Strength.PRINTED
             if telling and other.id != failure.id and one.places:
                 found.setdefault(other.id, Also(other.id, other.title, one.places[0].line))
         return tuple(found.values())
 
-    def _killed(self) -> Diagnosis:
+    def _by_kernel(self, failure: Failure) -> Failure:
+        """The same, or that the kernel did it for memory, which no log tells."""
+        sent = self.ending.signum in (None, signal.SIGKILL) and self.ending.is_known
+        if failure.id == "engine-killed" and self.ending.out_of_memory and sent:
+            return self.catalogue["host-oom"]
+        return failure
+
+    def _of_the_end(self) -> dict[str, str]:
         """No text can tell that a process was killed from outside; how it ended does."""
-        id_ = "host-oom" if self.ending.out_of_memory else "engine-killed"
-        failure = self.catalogue[id_]
-        numbers = dict(self.numbers)
+        found = {}
         if self.ending.signum is not None:
-            numbers["signal"] = str(self.ending.signum)
+            found["signal"] = str(self.ending.signum)
         if self.ending.lost is not None:
-            numbers["process"] = self.ending.lost
-        words = failure.explain(failure.with_derived(numbers))
-        last = () if self.run.last is None else (self.run.last,)
-        return Diagnosis("known", id_, failure.title, words.cause, words.fix, words.command,
-                         evidence=last)  # fmt: skip
+            found["process"] = self.ending.lost
+        return found
 
     def _died(self) -> bool:
         """Whether a ready engine is known to have ended by itself."""
         wrapped = any(
-            one.part.rank in ("wrapper", "symptom") and one.strength >= Strength.PRINTED
+            one.strength >= Strength.PRINTED and (one.part.rank == "wrapper" or _is_death(one))
             for one in self.sightings
         )
         return wrapped or any(one.type.endswith("EngineDeadError") for one in self.raised)
@@ -220,7 +235,15 @@ class _Judge:
             return self._died() or bool(self.ending.code and self.run.stop is None)
         if self._died() or self._innermost() is not None or self.ending.code:
             return True
-        return self.run.last is not None and bool(_ERROR_LINE.search(self.run.last.text))
+        return self._ends_in_error()
+
+    def _ends_in_error(self) -> bool:
+        last = self.run.last
+        if last is None or _QUIET_LINE.search(last.text):
+            return False
+        if any(name in last.text for name in _NO_CAUSE):
+            return False
+        return bool(_ERROR_LINE.search(last.text))
 
     def _innermost(self) -> Raised | None:
         """The exception that the others follow from, or hide."""
@@ -246,12 +269,18 @@ class _Judge:
             return False
         if raised.type.rpartition(".")[2] in _NO_CAUSE or raised.place.startswith(_CLEANING):
             return False
+        if raised.type == BROKEN_OFF:
+            return False
         said = without_whitespace(raised.message)
         return not any(
             part.rank == "wrapper" and part.text in said
             for failure in self.catalogue.failures
             for part in failure.parts
         )
+
+    def _breaks_off(self) -> bool:
+        """Whether an exception is missing in the log, whose traceback has begun."""
+        return any(one.type == BROKEN_OFF for one in self.raised)
 
     def _unknown(self) -> Diagnosis:
         raised = self._innermost()
@@ -262,12 +291,14 @@ class _Judge:
         if wrapped := [one for one in self.sightings if one.part.rank == "wrapper"]:
             words = self.catalogue["wrapper"].explain(self.numbers)
             return replace(_not_in_catalogue(words.cause, _evidence(wrapped)), fix=words.fix)
+        if self._breaks_off():
+            place = Place(self.raised[-1].line, "Traceback (most recent call last):")
+            cause = "the log breaks off in a traceback, before the exception"
+            return replace(_not_in_catalogue(cause, (place,)), fix=_BOTH_STREAMS)
         last = self.run.last
-        if last is not None and _ERROR_LINE.search(last.text):
+        if last is not None and self._ends_in_error():
             return _not_in_catalogue(last.text, (last,))
-        code = f" with exit code {self.ending.code}" if self.ending.code else ""
-        said = "and no error is in its log"
-        return _not_in_catalogue(f"the engine ended{code}, {said}", ())
+        return _ended_without_a_word(self.ending)
 
     def _silent(self) -> Diagnosis | None:
         """A start that says nothing any more, if it is one."""
@@ -287,9 +318,17 @@ class _Judge:
         return replace(_not_in_catalogue(cause, (self.run.last,)), fix=_SILENT_FIX)
 
 
+def _is_death(sighting: Sighting) -> bool:
+    return sighting.part.rank == "symptom" and sighting.failure.kind == "death"
+
+
+_QUIET_LINE = re.compile(r"\b(?:DEBUG|INFO|WARNING):? +(?:\d\d-\d\d |\S)")
 _ERROR_LINE = re.compile(
-    r"\berror: |[a-z]Error\b|\bERROR\b|\bAborted\b|Segmentation fault|core dumped|^Killed"
+    r"\berror: |[a-z]Error\b|\bERROR\b|\bAborted\b|\bTerminated\b|"
+    r"command not found|No module named|exec format error|Unable to find image"
 )
+# A shell's word for a process that got SIGKILL: "Killed", "bash: line 1: 77 Killed vllm serve x".
+_KILLED = re.compile(r"(?:\S+: line \d+: +\d+ )?Killed\b.*")
 # The last that is heard of a start whose weights are being downloaded.
 _LOADS = re.compile(r"Starting to load model|Waiting for \d+ local, \d+ remote core engine proc")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -309,33 +348,47 @@ def judge(
 ) -> Diagnosis:
     """The verdict on the last run of a log, or where that says nothing yet, on the one before."""
     found = _judged(run, catalogue, ending, known)
-    if found is not None:
+    if found is not None and ending.is_known and not found.found_failure and run.stop is None:
+        found = _ended_without_a_word(ending)
+    if found is not None and found.id != "download-silent":
         return found
+    # What has only begun again says less than why the last try failed.
     earlier = None if before is None else _judged(before, catalogue, Ending(), known)
     if earlier is not None and earlier.found_failure:
         return earlier
+    if found is not None:
+        return found
     if run.is_engines or (run.last is not None and _ENGINES_LINE.search(run.last.text)):
         return _healthy("no failure so far: the log ends during a start")
-    return Diagnosis("unknown", None, "nothing of an engine is in this log", cause=_NO_ENGINE)
+    if run.last is None:
+        return Diagnosis("unknown", None, "the log is empty", fix=_BOTH_STREAMS)
+    return Diagnosis("unknown", None, "no vLLM wrote this log", fix=_BOTH_STREAMS)
 
 
-# As vLLM begins its lines.
+# As vLLM begins its lines, and where its warnings come from.
 _ENGINES_LINE = re.compile(
-    r"^\(\w+ pid=\d+\)|\bvllm\b|(?:INFO|WARNING|ERROR) \d\d-\d\d \d\d:\d\d:\d\d "
+    r"^\(\w+ pid=\d+\)|/vllm/\S+\.py|(?:INFO|WARNING|ERROR) \d\d-\d\d \d\d:\d\d:\d\d "
 )
-_NO_ENGINE = "it is empty, or no vLLM wrote it"
+_BOTH_STREAMS = "give the engine's whole log, with both of its streams: `2>&1`"
 
 
 def _judged(
     run: Run, catalogue: FailureCatalogue, ending: Ending, known: Numbers
 ) -> Diagnosis | None:
     numbers = dict(known) if run.model is None else {"model": run.model, **known}
+    if model := numbers.get("model"):
+        numbers["hub_model" if _HUB_NAME.fullmatch(model) else "model_folder"] = model
     sightings, raised = run.sightings(), run.raised()
     if run.ready is not None:
         # What went wrong before it was ready did not keep it from that.
         sightings = [one for one in sightings if one.position > run.ready]
         raised = [one for one in raised if one.position > run.ready]
     return _Judge(run, sightings, raised, catalogue, ending, numbers).verdict()
+
+
+def _ended_without_a_word(ending: Ending) -> Diagnosis:
+    code = "" if ending.code is None else f" with exit code {ending.code}"
+    return _not_in_catalogue(f"the engine ended{code}, and no error is in its log", ())
 
 
 def _healthy(title: str) -> Diagnosis:
@@ -347,7 +400,7 @@ def _not_in_catalogue(cause: str, evidence: tuple[Place, ...]) -> Diagnosis:
         "unknown",
         None,
         "a failure that gemma-serve does not know",
-        cause,
+        cause if len(cause) <= _LONGEST_CAUSE else f"{cause[:_LONGEST_CAUSE]} ...",
         f"line {evidence[0].line} of the log and those above it say more" if evidence else "",
         evidence=evidence,
     )

@@ -13,13 +13,15 @@ from gemma_serve.engine.diagnosis.texts import Found
 from gemma_serve.engine.diagnosis.tracebacks import Raised
 
 T = TypeVar("T")
-_Kind = Literal["start", "engine", "ready", "stop"]
+_Kind = Literal["start", "engine", "ready", "serves", "stop"]
 
 # A container that is started again and again logs every run into one file. The first two are
 # vLLM's from 0.4 on, in one start soon after another.
 _STARTS = (b"vLLMAPIserverversion", b"non-defaultargs:")
 _ENGINES = (b"InitializinganLLMengine", b"InitializingaV1LLMengine", b"InitializingaV0LLMengine")
 _READY = (b"Applicationstartupcomplete", b"Uvicornrunningon")
+# A log's tail has no start, but shows that it was ready.
+_SERVES = (b'HTTP/1.1"200OK', b"Avgpromptthroughput:")
 # What is printed once an ordinary stop has begun. uvicorn says "Shutting down" also when the
 # engine died before; by then that has been told.
 _STOPS = (
@@ -28,13 +30,14 @@ _STOPS = (
     b"KeyboardInterrupt:terminated",
     b"ReceivedSIGTERM",
     b"ReceivedSIGINT",
-    b"receivedsignal15",
+    b"ShuttingdownFastAPIHTTPserver",
     b"Gracefullystopping",
 )
 _TEXTS: Mapping[_Kind, Sequence[bytes]] = {
     "start": _STARTS,
     "engine": _ENGINES,
     "ready": _READY,
+    "serves": _SERVES,
     "stop": _STOPS,
 }
 _MODEL = (
@@ -43,6 +46,9 @@ _MODEL = (
 )
 
 MARKS = tuple(text for texts in _TEXTS.values() for text in texts)
+
+# As a position: what is in the log came after it.
+_BEFORE_THE_LOG = -1
 
 # Of one message, or one kind of exception, this many from the begin of a run and from its end.
 _MOST = 16
@@ -91,11 +97,18 @@ class Run:
         """Whether it has come further than to its first lines."""
         return bool(self._marks - {"start"} or self._sightings or self._raised)
 
+    @property
+    def has_trouble(self) -> bool:
+        """Whether anything may have gone wrong in it."""
+        return bool(self._sightings or self._raised)
+
     def add_mark(self, mark: Mark) -> None:
         """Note how far it came; the first time counts."""
         self._marks.add(mark.kind)
         if mark.kind == "ready" and self.ready is None:
             self.ready = mark.position
+        elif mark.kind == "serves" and self.ready is None:
+            self.ready = mark.position if self.is_whole else _BEFORE_THE_LOG
         elif mark.kind == "stop" and self.stop is None:
             self.stop = mark.position
 
@@ -132,14 +145,22 @@ def marks_in(block: Block, found: Found, offset: int) -> Iterator[Mark]:
     """The marks in what is the block's own; `offset` is the log's length before it."""
     for kind, texts in _TEXTS.items():
         for text in texts:
-            for at in found.get(text, ()):
+            for at in _first_and_last(found.get(text, ())):
                 if not is_quoted(block, at):
                     yield Mark(kind, offset + at - block.searched.start, at)
+
+
+def _first_and_last(positions: Sequence[int]) -> Sequence[int]:
+    """Those of a block that matter: a server prints some of them for every request."""
+    if len(positions) <= 2 * _MOST:
+        return positions
+    return [*positions[:_MOST], *positions[-_MOST:]]
 
 
 def model_in(passage: str) -> str | None:
     """The model that a start names in its first lines."""
     for pattern in _MODEL:
         if match := pattern.search(passage):
-            return match[1]
+            # A terminal may have wrapped it.
+            return match[1].replace("\n", "")
     return None

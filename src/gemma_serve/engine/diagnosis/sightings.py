@@ -71,7 +71,7 @@ class Messages:
                 yield Sighting(
                     failure,
                     part,
-                    _strength(block, at),
+                    _strength(block, at, wanted),
                     offset + at - own.start,
                     block.passage(at - _BEFORE, at + _AFTER),
                     block.places(at, at + len(wanted)),
@@ -91,7 +91,7 @@ def _is_in_company(text: bytes, at: int, part: MessagePart) -> bool:
     return part.without is None or part.without.encode() not in around
 
 
-def _strength(block: Block, at: int) -> Strength:
+def _strength(block: Block, at: int, wanted: bytes) -> Strength:
     """By what stands before it: an exception's name, or the level of the message it is part of."""
     before = block.squeezed[max(0, at - _BEFORE) : at]
     levels = list(_LEVEL.finditer(before))
@@ -102,7 +102,7 @@ def _strength(block: Block, at: int) -> Strength:
     told = not levels or not _is_quiet(levels[-1]) or _TRACEBACK in since
     if not told and _LEVEL.search(block.line_until(at)[-_BEFORE:]):
         return Strength.MENTIONED
-    return Strength.RAISED if told and _RAISED.search(since) else Strength.PRINTED
+    return Strength.RAISED if told and _RAISED.search(since + wanted) else Strength.PRINTED
 
 
 def is_quoted(block: Block, at: int) -> bool:

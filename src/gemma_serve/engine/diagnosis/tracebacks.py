@@ -10,6 +10,8 @@ from typing import Literal
 from gemma_serve.engine.diagnosis.text import Block
 from gemma_serve.engine.diagnosis.texts import Found
 
+# The type of an exception that is not told: its traceback breaks off.
+BROKEN_OFF = ""
 TRACEBACK = b"Traceback(mostrecentcalllast)"
 _MOST_PER_BLOCK = 24
 _MOST_LINES = 400
@@ -58,12 +60,10 @@ def raised_in(block: Block, found: Found, offset: int) -> Iterator[Raised]:
     if len(begins) > 2 * _MOST_PER_BLOCK:
         begins = [*begins[:_MOST_PER_BLOCK], *begins[-_MOST_PER_BLOCK:]]
     for at in begins:
-        raised = _read(block, block.line_at(at), offset + at - block.searched.start)
-        if raised is not None:
-            yield raised
+        yield _read(block, block.line_at(at), offset + at - block.searched.start)
 
 
-def _read(block: Block, first: int, position: int) -> Raised | None:
+def _read(block: Block, first: int, position: int) -> Raised:
     lines = block.lines[first : first + _MOST_LINES]
     head = _split(lines[0])
     place = ""
@@ -82,7 +82,8 @@ def _read(block: Block, first: int, position: int) -> Raised | None:
             follows = _follows(block.lines[max(0, first - 4) : first])
             where = block.first_line + first + number
             return Raised(error["type"], message, place, head[0], head[1], where, position, follows)
-    return None
+    begin = block.first_line + first
+    return Raised(BROKEN_OFF, "", place, head[0], head[1], begin, position, None)
 
 
 def _with_next(message: str, lines: Sequence[bytes], process: str) -> str:

@@ -124,6 +124,7 @@ def _too_long(facts: ModelFacts, wishes: Wishes) -> Problem | None:
         f"--max-model-len {wanted} is longer than {facts.model} was made for, "
         f"which is {longest} tokens",
         f"say `--max-model-len {longest}`, or leave it out",
+        settings={"max_model_len": str(longest)},
     )
 
 
@@ -280,6 +281,7 @@ def _does_not_fit(facts: ModelFacts, wishes: Wishes, fit: Fit, device: DeviceMem
         f"{gib(fit.kv_cache.smallest_memory)} of KV cache, and {gib(memory.kv_cache_bytes)} is "
         f"left for it on {_where(device, fit)} ({parts}, {of})",
         f"say `--max-model-len {longest}`" if longest else "",
+        settings={"max_model_len": str(longest)} if longest else {},
     )
 
 
