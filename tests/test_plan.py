@@ -361,6 +361,6 @@ def test_a_flag_that_the_installed_engine_does_not_have_is_refused_with_what_was
         (
             "flag-unknown",
             "did you mean `--max-model-len` or `--max-log-len`? else leave out the `--engine-arg` "
-            "that gives `--max-modle-len`",
+            "that gives `--max-modle-len`; `--max-model-len` is given without `--engine-arg`",
         )
     ]

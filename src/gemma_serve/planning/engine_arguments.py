@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gemma_serve.errors import Problem
+from gemma_serve.planning.settings import SETTINGS
 
 # What newer Pythons take for a negative number; older ones take less.
 _NUMBER = re.compile(r"-\.?\d")
@@ -39,13 +40,21 @@ def unknown_flag_problem(
     if not refused:
         return None
     listed = " and ".join(f"`{flag}`" for flag in refused)
-    meant = [f"`{flag}`" for flag in closest_flags(refused[0], known)]
+    closest = closest_flags(refused[0], known)
+    meant = [f"`{flag}`" for flag in closest]
     asked = f"did you mean {' or '.join(meant)}? else " if meant else ""
     return Problem(
         "flag-unknown",
         f"vLLM {version or 'here'} has no {listed}",
-        f"{asked}leave out the `--engine-arg` that gives `{refused[0]}`",
+        f"{asked}leave out the `--engine-arg` that gives `{refused[0]}`{_as_ours(closest)}",
     )
+
+
+def _as_ours(flags: Sequence[str]) -> str:
+    """That the flag which was meant is one of ours, and is given without `--engine-arg`."""
+    ours = {setting.flag for setting in SETTINGS}
+    own = [flag for flag in flags[:1] if flag in ours]
+    return f"; `{own[0]}` is given without `--engine-arg`" if own else ""
 
 
 def closest_flags(flag: str, known: frozenset[str]) -> tuple[str, ...]:

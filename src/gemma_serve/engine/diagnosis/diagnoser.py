@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gemma_serve.engine.diagnosis.diagnosis import Diagnosis, Ending, judge
+from gemma_serve.engine.diagnosis.diagnosis import Diagnosis, Ending
+from gemma_serve.engine.diagnosis.judge import judge
 from gemma_serve.engine.diagnosis.run import MARKS, Mark, Run, marks_in, model_in
 from gemma_serve.engine.diagnosis.sightings import Messages, Sighting
 from gemma_serve.engine.diagnosis.text import Block, Blocks
