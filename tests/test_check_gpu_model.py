@@ -319,7 +319,8 @@ def test_what_does_not_fit_says_what_would(check: Check) -> None:
             assert there.code == 0
     [problem] = run.answer["problems"]
     assert problem["message"].startswith(
-        "the GPU's memory is full: google/gemma-3-27b-it does not fit NVIDIA L4: it takes "
+        "the weights and activations do not fit into the GPU's memory: "
+        "google/gemma-3-27b-it does not fit NVIDIA L4: it takes "
     )
     assert problem["message"].endswith(" of 19.82 GiB (--gpu-memory-utilization 0.9)")
     nearest = next(one["flags"] for one in alternatives if one["kind"] == "model")
@@ -333,7 +334,8 @@ def test_what_does_not_fit_for_people(check: Check) -> None:
     assert "what would fit" in run.out
     assert "KV cache: " not in run.out
     assert run.err.startswith(
-        "error: the GPU's memory is full: google/gemma-3-27b-it does not fit NVIDIA L4: it takes "
+        "error: the weights and activations do not fit into the GPU's memory: "
+        "google/gemma-3-27b-it does not fit NVIDIA L4: it takes "
     )
 
 
@@ -652,7 +654,8 @@ def test_flags_whose_memory_is_not_planned_make_the_verdict_a_guess(
     assert (run.code, run.codes) == (1, ["weights-oom", "plan.not_planned"])
     told = check("--config", str(file), gpus=several(L4, 1))
     assert told.err.startswith(
-        "warning: the GPU's memory is full: google/gemma-3-27b-it does not fit NVIDIA L4"
+        "warning: the weights and activations do not fit into the GPU's memory: "
+        "google/gemma-3-27b-it does not fit NVIDIA L4"
     )
     # `up` may try: the plan is no more than warned of.
     assert check("--json", "--config", str(file), command="plan", gpus=[L4]).code == 0

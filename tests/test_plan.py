@@ -217,7 +217,10 @@ def test_force_turns_a_verdict_into_a_warning(check):
     # The verdict itself stays as it is.
     assert yes.data["fit"] == no.data["fit"] == "does_not_fit"
     told = check(*argv, "--force", gpus=[L4])
-    assert told.err.startswith("warning: the GPU's memory is full: google/gemma-3-27b-it does ")
+    assert told.err.startswith(
+        "warning: the weights and activations do not fit into the GPU's memory: "
+        "google/gemma-3-27b-it does "
+    )
     busy = {**H200, "used": 100 * 2**30}
     assert check("--json", "-m", "google/gemma-2b-it", gpus=[busy]).code == 1
     assert check("--json", "-m", "google/gemma-2b-it", "--force", gpus=[busy]).code == 0

@@ -201,7 +201,7 @@ def test_a_killed_engine_is_exit_3_and_says_by_what(up, environ, when):
         program.wait_for("ready after", "out")
     os.kill(program.engine_pid, signal.SIGKILL)
     assert program.exit_code() == 3
-    assert "a process of the engine was killed by SIGKILL" in text(program.err)
+    assert "a process of the engine was ended by SIGKILL" in text(program.err)
     assert how(environ) == ("failed", "engine-killed")
 
 
