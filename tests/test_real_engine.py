@@ -232,8 +232,11 @@ def stream_while_stopping(names, model):
     assert not before.temporary_folder.exists()
 
 
-def test_a_start_that_vllm_refuses_tells_vllms_reason(run):
+def test_a_start_that_vllm_refuses_tells_the_cause_and_vllms_line(run):
     program = run("--max-model-len", "999999", "--force")
     assert program.exit_code() == 3
     (line,) = [line for line in program.err if line.startswith("error: ")]
-    assert "User-specified max_model_len (999999) is greater than the derived" in line
+    cause = "999999 tokens are asked for, and the model was made for 2048"
+    assert line.startswith(f"error: the engine died during configuration: {cause}")
+    said = "Value error, User-specified max_model_len (999999) is greater than the derived"
+    assert any(said in line for line in program.err if line.startswith("the engine's log, line "))

@@ -83,9 +83,10 @@ class _Judge:
             return self._known(failure)
         if self._failed():
             return self._unknown()
-        if self.run.ready is not None or self.run.stop is not None:
-            return _healthy("no failure: it was ready" if self.run.ready else "no failure: it was "
-                            "stopped while it was starting")  # fmt: skip
+        if self.run.ready is not None:
+            return _healthy("no failure: it was ready")
+        if self.run.stop is not None:
+            return _healthy("no failure: it was stopped while it was starting")
         return self._silent()
 
     def _failure(self) -> Failure | None:
