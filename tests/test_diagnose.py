@@ -157,6 +157,12 @@ def test_what_is_no_log_is_said_without_a_traceback(data, said, monkeypatch, cap
     )
 
 
+def test_a_standard_input_that_is_closed_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["diagnose", "-"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input is closed\nhint: pipe a log ")
+
+
 @pytest.mark.parametrize("kind", ["missing", "folder", "unreadable"])
 def test_a_log_that_cannot_be_read_is_one_sentence_and_exit_2(kind, tmp_path, monkeypatch, capsys):
     path = tmp_path / "engine.log"

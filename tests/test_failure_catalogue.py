@@ -153,6 +153,9 @@ def test_its_sentences_name_only_what_can_be_known_and_the_last_needs_nothing(fa
     used = set().union(*map(fields, failure.commands))
     assert used <= known_names(failure)
     assert not failure.commands or fields(failure.commands[-1]) <= {"model"}
+    # One without a number would hide those after it.
+    for templates in (failure.causes, failure.fixes, failure.commands):
+        assert all(fields(template) for template in templates[:-1])
 
 
 @FAILURES

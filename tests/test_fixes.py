@@ -25,8 +25,6 @@ import local_hub
 from gemma_serve.planning.failures import Change
 from gemma_serve.usecases.diagnose import diagnose_file
 
-pytestmark = pytest.mark.proof
-
 ROOT = Path(__file__).parents[1]
 _SPEC = importlib.util.spec_from_file_location("failure_lab", ROOT / "scripts" / "failure_lab.py")
 assert _SPEC is not None
@@ -62,30 +60,41 @@ def fetch_whole(place: Any) -> None:
         )
 
 
-# What the sentence says, as changes of the case.
-BY_HAND: Mapping[str, Mapping[str, Any]] = {
-    "gated-no-token.serve": {"token": "ACCEPTED"},
-    "gated-no-licence.serve": {"token": "ACCEPTED"},
-    "repo-not-found.no-folder": WHOLE,
-    "offline-cache-miss.offline": {
-        "prepare": fetch_whole,
-        "model": lambda place: str(place.models / "fetched"),
-    },
-    "disk-full.download": {"around": ()},
-    "transformers-too-old.serve-text": {"model": lab.tiny("gemma3_text")},
-    "arch-unsupported.text": {"model": lab.tiny("gemma3_text")},
-    "flag-unknown.serve": {"words": ()},
-    "kv-none.bytes-0": {"settings": lab.flags(kv_cache_memory_bytes="64M")},
-    "autofit-none.gemma": {
-        "settings": lab.flags(kv_cache_memory_bytes="64M", max_model_len="auto")
-    },
-    "cpu-memory-busy.explicit": {"settings": lab.flags(kv_cache_memory_bytes="64M")},
-    "weights-truncated.half": WHOLE,
-    "weights-missing.none": WHOLE,
-    "tokenizer-missing.truncated": WHOLE,
-    "python-headers.no-compiler": {"change": lab.flags(enforce_eager=True)},
-    "shm-small.one-process": {"around": ()},
-}
+# A part of the sentence, and what it says as changes of the case.
+BY_HAND: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gated-no-token.serve": ("set `HF_TOKEN`", {"token": "ACCEPTED"}),
+    "gated-no-licence.serve": ("accept the licence on https://", {"token": "ACCEPTED"}),
+    "repo-not-found.no-folder": ("correct `--model`", WHOLE),
+    "offline-cache-miss.offline": (
+        "`gemma-serve download --model MODEL --to DIR`, and serve that folder",
+        {"prepare": fetch_whole, "model": lambda place: str(place.models / "fetched")},
+    ),
+    "disk-full.download": ("use a larger disk", {"around": ()}),
+    "transformers-too-old.serve-text": (
+        "mend `model_type` in config.json", {"model": lab.tiny("gemma3_text")},
+    ),
+    "flag-unknown.serve": (
+        "leave out the `--engine-arg` that gives `--max-context`", {"words": ()},
+    ),
+    "kv-none.bytes-0": (
+        "raise `--gpu-memory-utilization` (or the `--kv-cache-memory-bytes` that was given)",
+        {"settings": lab.flags(kv_cache_memory_bytes="64M")},
+    ),
+    "autofit-none.gemma": (
+        "raise `--gpu-memory-utilization` (or the `--kv-cache-memory-bytes` that was given)",
+        {"settings": lab.flags(kv_cache_memory_bytes="64M", max_model_len="auto")},
+    ),
+    "cpu-memory-busy.explicit": (
+        "`--kv-cache-memory-bytes 1G`", {"settings": lab.flags(kv_cache_memory_bytes="1G")},
+    ),
+    "weights-truncated.half": ("fetch it again", WHOLE),
+    "weights-missing.none": ("fetch what is missing", WHOLE),
+    "tokenizer-missing.truncated": ("fetch it again", WHOLE),
+    "python-headers.no-compiler": (
+        "`--enforce-eager` avoids torch's compiler", {"change": lab.flags(enforce_eager=True)},
+    ),
+    "shm-small.one-process": ("`--shm-size=10g`", {"around": ()}),
+}  # fmt: skip
 
 
 def diagnosed(name: str) -> Any:
@@ -98,7 +107,8 @@ def diagnosed(name: str) -> Any:
 def mended(name: str) -> Any:
     """The case with its fix, to be run until it is ready."""
     case = CASES[name]
-    by_hand = dict(BY_HAND.get(name, {}))
+    _, changes = BY_HAND.get(name, ("", {}))
+    by_hand = dict(changes)
     change = by_hand.pop("change", lab.Settings())
     if name in BY_SETTINGS:
         found = diagnosed(name).change
@@ -133,6 +143,12 @@ def work() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_sentence_says_what_is_done(name: str) -> None:
+    assert BY_HAND[name][0] in diagnosed(name).fix
+
+
+@pytest.mark.proof
 def test_what_failed_starts_once_the_fix_is_applied(work: Path) -> None:
     names = [*BY_SETTINGS, *BY_HAND]
     # A start waits for one core most of the time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 
@@ -41,7 +41,7 @@ def diagnose(
     if log is None:
         report = diagnose_deployment(name, os.environ)
     elif log == "-":
-        report = diagnose_stream(sys.stdin.buffer)
+        report = diagnose_stream(_standard_input())
     else:
         report = diagnose_file(Path(log))
     found = report.diagnosis
@@ -56,3 +56,14 @@ def diagnose(
     else:
         output.data(diagnosis_text(report))
     return EXIT_NO if found.found_failure else EXIT_OK
+
+
+def _standard_input() -> BinaryIO:
+    # A program may be started without one.
+    if sys.stdin is None:
+        raise UsageError(
+            "standard input is closed",
+            code="diagnose.unreadable",
+            hint="pipe a log into it: `docker logs CONTAINER 2>&1 | gemma-serve diagnose -`",
+        )
+    return sys.stdin.buffer
