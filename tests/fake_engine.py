@@ -238,6 +238,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _chat(self, body: dict) -> None:
         messages = list(body.get("messages") or [])
+        if not messages:
+            raise RequestError(400, "Cannot apply chat template to an empty conversation.")
         if FAULTS.get("no_chat_template"):
             raise RequestError(400, "As of transformers v4.44, default chat template is no longer "
                                "allowed, so you must provide a chat template if the tokenizer "
@@ -259,7 +261,10 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("model") not in engine.names:
             message = f"The model `{body.get('model')}` does not exist."
             raise RequestError(404, message, "NotFoundError")
-        if prompt_tokens + (body.get("max_tokens") or 16) > engine.max_model_len:
+        limit = body.get("max_tokens") or 16
+        if not isinstance(limit, int):
+            raise RequestError(400, "max_tokens: Input should be a valid integer")
+        if prompt_tokens + limit > engine.max_model_len:
             raise RequestError(400, f"This model's maximum context length is "
                                f"{engine.max_model_len} tokens.")  # fmt: skip
         engine.running.append(key)

@@ -22,6 +22,7 @@ HOMES = {
     "typer": {"cli"},
     "rich": {"view"},
     "httpx": {"adapters"},
+    "jinja2": {"view"},
     "ahocorasick_rs": {"engine"},
     "huggingface_hub": {"adapters"},
     "pynvml": {"adapters"},

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from gemma_serve.adapters.metrics import EngineMetrics, parse_metrics, read_metrics
+from gemma_serve.adapters.metrics import CacheConfig, EngineMetrics, parse_metrics, read_metrics
 from gemma_serve.adapters.openai_answers import EndpointError
 
 # Lines of vLLM 0.32.0's own answer, with neighbours that must not be taken for the wanted series.
@@ -44,6 +44,10 @@ vllm:prompt_tokens_by_source_total{engine="0",model_name="demo",source="local_co
 vllm:generation_tokens_total{engine="0",model_name="demo"} 10.0
 # TYPE vllm:generation_tokens_created gauge
 vllm:generation_tokens_created{engine="0",model_name="demo"} 1.7956050157960472e+09
+# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{_block_size_resolved="True",block_size="128",cache_dtype="auto",\
+enable_prefix_caching="True",engine="0",num_gpu_blocks="65536"} 1.0
 """
 READ_IDLE = EngineMetrics(
     requests_running=0,
@@ -52,6 +56,8 @@ READ_IDLE = EngineMetrics(
     prompt_tokens=244.0,
     generation_tokens=10.0,
     prefix_cache_hit_rate=0.0,
+    prefix_cache_hits=0.0,
+    cache=CacheConfig(block_size=128, prefix_caching=True),
 )
 NONE_OF_VLLMS = IDLE.replace("vllm:", "sglang:")
 
@@ -77,7 +83,7 @@ def test_engines_are_summed_and_the_fullest_cache_counts():
         + two_engines("prefix_cache_queries_total", "300.0", "100.0")
         + two_engines("prefix_cache_hits_total", "60.0", "40.0")
     )
-    assert parse_metrics(text) == EngineMetrics(7, 2, 0.25, 1000024.0, 30.0, 0.25)
+    assert parse_metrics(text) == EngineMetrics(7, 2, 0.25, 1000024.0, 30.0, 0.25, 100.0)
 
 
 def test_the_older_name_of_the_usage_and_what_is_absent():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,10 +52,15 @@ class EndpointError(GemmaServeError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that the endpoint lists; vLLM adds the longest sequence in tokens."""
+    """A model that the endpoint lists.
+
+    vLLM adds the longest sequence in tokens, and in `root` where the weights come from, which
+    all names of one model share.
+    """
 
     id: str
     max_model_len: int | None = None
+    root: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Usage:
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    total_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Answer:
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
+    total_tokens: int | None
     model: str
     duration_s: float
 
@@ -84,19 +91,23 @@ class StreamedAnswer:
 
     `started_at` is perf_counter() when the request was sent; `token_times_s` are seconds since
     then, one for each event with a token, and `ttft_s` is the first of them. `events` counts
-    those that carried text: special tokens have none. `done` says whether `[DONE]` ended it.
+    those that carried text: special tokens have none. `done` says whether `[DONE]` ended it, and
+    `out_of_order` what came where it can't belong, "" where nothing did.
     """
 
     text: str
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
+    total_tokens: int | None
     model: str
     duration_s: float
     started_at: float
     token_times_s: tuple[float, ...]
     events: int
     done: bool
+    out_of_order: str
+    content_type: str
 
     @property
     def ttft_s(self) -> float | None:
@@ -115,7 +126,9 @@ class StreamParts:
         self._finish_reason: str | None = None
         self._usage = Usage()
         self._model = ""
+        self._id = ""
         self._done = False
+        self._out_of_order = ""
 
     def take(self, events: Iterable[str], *, at_s: float) -> None:
         """Add the data of `events`, which came `at_s` seconds after the request.
@@ -124,6 +137,8 @@ class StreamParts:
             EndpointError: an event isn't JSON, or the server reports an error in one.
         """
         for data in events:
+            if self._done:
+                self._misplaced("an event came after [DONE]")
             if data.strip() == "[DONE]":
                 self._done = True
             else:
@@ -140,18 +155,33 @@ class StreamParts:
         if value.get("usage"):
             self._usage = usage(value)
         self._model = str(value.get("model") or self._model)
+        self._same_answer(value)
         choice = first_choice(value, required=False)
         if not choice:  # the last event carries only the usage
             return
-        self._finish_reason = _finish_reason(choice) or self._finish_reason
         text = self._text_of(choice)
+        if text and self._finish_reason is not None:
+            self._misplaced(f"text came after finish_reason {self._finish_reason!r}")
+        self._finish_reason = _finish_reason(choice) or self._finish_reason
         if not text and _mapping(choice.get("delta")).get("role"):
             return  # a chat's first event only says who speaks
         self._texts.append(text)
         self._times.append(at_s)
         self._on_token()
 
-    def answer(self, *, started_at: float, duration_s: float) -> StreamedAnswer:
+    def _same_answer(self, value: Mapping[str, Any]) -> None:
+        """Every event of a stream carries the id of its answer."""
+        id = str(value.get("id") or "")
+        if self._id and id and id != self._id:
+            self._misplaced(f"events of two answers came, {self._id!r} and {id!r}")
+        self._id = id or self._id
+
+    def _misplaced(self, what: str) -> None:
+        self._out_of_order = self._out_of_order or what
+
+    def answer(
+        self, *, started_at: float, duration_s: float, content_type: str = ""
+    ) -> StreamedAnswer:
         """The whole answer, once the stream has ended.
 
         Raises:
@@ -168,12 +198,15 @@ class StreamParts:
             finish_reason=self._finish_reason,
             prompt_tokens=self._usage.prompt_tokens,
             completion_tokens=self._usage.completion_tokens,
+            total_tokens=self._usage.total_tokens,
             model=self._model,
             duration_s=duration_s,
             started_at=started_at,
             token_times_s=tuple(self._times),
             events=sum(map(bool, self._texts)),
             done=self._done,
+            out_of_order=self._out_of_order,
+            content_type=content_type,
         )
 
 
@@ -186,6 +219,7 @@ def whole_answer(value: Mapping[str, Any], text_of: TextOf, *, duration_s: float
         finish_reason=_finish_reason(choice),
         prompt_tokens=counted.prompt_tokens,
         completion_tokens=counted.completion_tokens,
+        total_tokens=counted.total_tokens,
         model=str(value.get("model") or ""),
         duration_s=duration_s,
     )
@@ -197,7 +231,7 @@ def served_models(value: Mapping[str, Any]) -> tuple[ServedModel, ...]:
     if not isinstance(listed, list):
         raise invalid("the list of models holds no `data`")
     return tuple(
-        ServedModel(str(item["id"]), _count(item, "max_model_len"))
+        ServedModel(str(item["id"]), _count(item, "max_model_len"), _text(item.get("root")))
         for item in listed
         if isinstance(item, dict) and "id" in item
     )
@@ -242,7 +276,40 @@ def first_choice(value: Mapping[str, Any], *, required: bool = True) -> Mapping[
 def usage(value: Mapping[str, Any]) -> Usage:
     """The counts that the server sent."""
     counted = _mapping(value.get("usage"))
-    return Usage(_count(counted, "prompt_tokens"), _count(counted, "completion_tokens"))
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    return Usage(*(_count(counted, name) for name in names))
+
+
+def token_margins(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """Each token's text and how far it stood above the second best, in nats.
+
+    From a completion's or a chat's `logprobs` with the best two; empty where there are none.
+    """
+    found = _mapping(choice.get("logprobs"))
+    if isinstance(chat := found.get("content"), list):
+        entries = [
+            (_text(one.get("token")), one.get("top_logprobs")) for one in map(_mapping, chat)
+        ]
+        return tuple((text, _margin(_logprobs_of(best))) for text, best in entries)
+    tokens, best = found.get("tokens"), found.get("top_logprobs")
+    if not isinstance(tokens, list) or not isinstance(best, list):
+        return ()
+    pairs = zip(tokens, best, strict=False)
+    return tuple((_text(text), _margin(list(_mapping(one).values()))) for text, one in pairs)
+
+
+def _logprobs_of(best: Any) -> list[Any]:
+    return [_mapping(one).get("logprob") for one in best] if isinstance(best, list) else []
+
+
+def _margin(logprobs: Sequence[Any]) -> float:
+    best = sorted((number for number in logprobs if isinstance(number, float)), reverse=True)
+    return best[0] - best[1] if len(best) > 1 else 0.0
+
+
+def token_count(value: Mapping[str, Any]) -> int | None:
+    """The count that `/tokenize` answers, where it does."""
+    return _count(value, "count")
 
 
 def server_message(value: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ JSON, a stream cut short) is raised as `EndpointError`; no message of it holds t
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,14 @@ from gemma_serve.adapters.openai_answers import (
     TextOf,
     completion_token,
     delta_text,
+    first_choice,
     json_object,
     message_text,
     served_models,
     server_message,
     shorten,
+    token_count,
+    token_margins,
     whole_answer,
 )
 from gemma_serve.adapters.sse import SseDecoder
@@ -56,12 +60,24 @@ CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is made. Temperature 0 is greedy: the same question, the same answer."""
+    """How an answer is made. Temperature 0 is greedy: the same question, the same answer.
+
+    Of vLLM alone: with `ignore_eos` it goes on after its end; with `choice` it is one of these.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    choice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RawReply:
+    """An answer of any status, as it came."""
+
+    status: int
+    text: str
 
 
 def _nothing() -> None:
@@ -133,6 +149,70 @@ class Endpoint:
         parts = StreamParts(delta_text, on_token)
         return await self._stream("/v1/chat/completions", body, parts)
 
+    async def token_margins(
+        self,
+        model: str,
+        prompt: str,
+        messages: Sequence[Mapping[str, str]],
+        sampling: Sampling,
+    ) -> tuple[tuple[str, float], ...]:
+        """Each token of the answer, and how far it stood above the second best, in nats.
+
+        Of the chat `messages`, or where there are none of `prompt`. Empty where the server tells
+        no log-probabilities.
+        """
+        if messages:
+            path, more = "/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}
+            body = _body(model, sampling, messages=list(messages), **more)
+        else:
+            path, body = "/v1/completions", _body(model, sampling, prompt=prompt, logprobs=2)
+        text = await self._request("POST", path, body)
+        with _our_errors(self._url, self._timeout_s, self._api_key):
+            return token_margins(first_choice(json_object(text)))
+
+    async def leave_stream(
+        self, model: str, question: Mapping[str, Any], sampling: Sampling, *, after_tokens: int
+    ) -> int:
+        """Begin a stream and close the connection after so many events with a token.
+
+        `question` holds a completion's `prompt` or a chat's `messages`. Returns how many came.
+        """
+        path = "/v1/chat/completions" if "messages" in question else "/v1/completions"
+        request = {**_body(model, sampling, **question), "stream": True}
+        decoder, seen = SseDecoder(), 0
+        with _our_errors(self._url, self._timeout_s, self._api_key):
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._http.stream("POST", path, json=request) as response,
+            ):
+                if not response.is_success:
+                    await response.aread()
+                _raise_for_status(response, path)
+                async for chunk in response.aiter_bytes():
+                    seen += sum(1 for _ in decoder.feed(chunk))
+                    if seen >= after_tokens:
+                        break
+        return seen
+
+    async def count_tokens(self, model: str, prompt: str) -> int | None:
+        """How many tokens `prompt` has by the server's own tokenizer; None where it tells not."""
+        reply = await self.try_request("POST", "/tokenize", {"model": model, "prompt": prompt})
+        if reply.status != httpx.codes.OK:
+            return None
+        with _our_errors(self._url, self._timeout_s, self._api_key):
+            return token_count(json_object(reply.text))
+
+    async def try_request(
+        self, method: str, path: str, body: Mapping[str, Any] | bytes | None = None
+    ) -> RawReply:
+        """What the server answers, whatever its status. Bytes are sent as they are."""
+        content = json.dumps(body).encode() if isinstance(body, Mapping) else body
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        with _our_errors(self._url, self._timeout_s, self._api_key):
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._http.request(method, path, content=content, headers=headers)
+            return RawReply(response.status_code, response.text)
+
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> str:
         with _our_errors(self._url, self._timeout_s, self._api_key):
             # httpx's own time-outs start anew with every chunk; this one bounds the whole.
@@ -165,7 +245,11 @@ class Endpoint:
                     parts.take(decoder.feed(chunk), at_s=perf_counter() - started_at)
             duration_s = perf_counter() - started_at
             parts.take(decoder.close(), at_s=duration_s)
-            return parts.answer(started_at=started_at, duration_s=duration_s)
+            return parts.answer(
+                started_at=started_at,
+                duration_s=duration_s,
+                content_type=response.headers.get("Content-Type", ""),
+            )
 
 
 def is_healthy(url: str, *, timeout_s: float = 1.0) -> bool:
@@ -235,6 +319,8 @@ def _body(model: str, sampling: Sampling, **question: Any) -> dict[str, Any]:
         body["stop"] = list(sampling.stop)
     if sampling.ignore_eos:
         body["ignore_eos"] = True
+    if sampling.choice:
+        body["structured_outputs"] = {"choice": list(sampling.choice)}
     return body
 
 

@@ -133,6 +133,7 @@ def restart(
         refuse_what_would_fail,
         settings_as_flags,
     )
+    from gemma_serve.usecases.up import UpOptions
     from gemma_serve.view.stop import StopView
     from gemma_serve.view.up import UpView
 
@@ -143,7 +144,7 @@ def restart(
     refuse_what_would_fail(make_plan(flags, environ=environ, force=run.force))
     end_last_run(run.name, os.environ, on_event=StopView(as_json=as_json).on_event)
     view = UpView(as_json=as_json, command="restart")
-    return start_detached(flags, environ=environ, view=view, force=run.force)
+    return start_detached(flags, environ=environ, view=view, options=UpOptions(force=run.force))
 
 
 def supervise(

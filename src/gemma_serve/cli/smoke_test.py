@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,8 @@ from gemma_serve.cli.options import AsJson, DeploymentName, NameOption, one_name
 
 if TYPE_CHECKING:
     from gemma_serve.adapters.state import Deployment
-    from gemma_serve.planning.smoke import CheckResult
+    from gemma_serve.planning.smoke.report import SmokeReport
+    from gemma_serve.usecases.smoke.session import SmokeOptions
 
 Url = Annotated[
     str | None,
@@ -36,8 +38,47 @@ ApiKeyFile = Annotated[
         help="File with the API key (or set GEMMA_SERVE_API_KEY).",
     ),
 ]
+Junit = Annotated[
+    Path | None,
+    typer.Option("--junit", metavar="FILE", help="Write the smoke test's report as JUnit XML."),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write it as one HTML file, with pictures."),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency",
+        metavar="N",
+        min=1,
+        max=256,
+        help="Requests that the smoke test sends at once; by default 8, or as many as a "
+        "deployment of this machine takes.",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="IDS", help="Try only these checks, and those that they need."),
+]
+Skip = Annotated[list[str] | None, typer.Option(metavar="IDS", help="Leave these checks out.")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(metavar="IDS", help="Fail if one of these can't be tried, such as chat."),
+]
+MaxTtft = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", min=0.0, help="Fail if the first token takes longer."),
+]
+MinTokensPerSecond = Annotated[
+    float | None,
+    typer.Option(metavar="N", min=0.0, help="Fail if the requests at once get fewer in all."),
+]
 Timeout = Annotated[
-    float, typer.Option(metavar="SECONDS", min=0.1, help="Longest that one request may take.")
+    float, typer.Option(metavar="SECONDS", min=0.1, help="Longest that the whole test may take.")
+]
+CheckTimeout = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.1, help="Longest that one check may take.")
 ]
 
 
@@ -47,43 +88,137 @@ def smoke_test(
     url: Url = None,
     model: ServedModel = None,
     api_key_file: ApiKeyFile = None,
-    timeout: Timeout = 120.0,
+    only: Only = None,
+    skip: Skip = None,
+    require: Require = None,
+    concurrency: Concurrency = None,
+    max_ttft: MaxTtft = None,
+    min_tokens_per_second: MinTokensPerSecond = None,
+    timeout: Timeout = 300.0,
+    check_timeout: CheckTimeout = 60.0,
+    junit: Junit = None,
+    html: Html = None,
     as_json: AsJson = False,
 ) -> int:
     """Show that a running endpoint keeps its promises, one by one.
 
-    Exits 1 if one is broken.
+    Exits 1 if one is broken. The checks and their ids: docs/smoke-test.md.
     """
     from gemma_serve.adapters.endpoint_url import endpoint_url
     from gemma_serve.adapters.settings import API_KEY_VARIABLE, read_api_key
+    from gemma_serve.adapters.state import DeploymentFolder
     from gemma_serve.errors import EXIT_NO, EXIT_OK
-    from gemma_serve.usecases.smoke import run_smoke
+    from gemma_serve.planning.smoke.promises import PROMISES
+    from gemma_serve.usecases.run import kept_run
+    from gemma_serve.usecases.smoke.session import SmokeOptions, usual_concurrency
     from gemma_serve.view.output import Output
-    from gemma_serve.view.smoke import (
-        check_view,
-        smoke_data,
-        smoke_problems,
-        smoke_title,
-        verdict_line,
-    )
+    from gemma_serve.view.smoke import smoke_data, smoke_problems, verdict_line
+    from gemma_serve.view.smoke_reports import ReportFiles
 
-    meant = _endpoint_of(one_name(name, named), url)
+    chosen = known_ids("--only", only) or tuple(PROMISES)
+    left_out, required = known_ids("--skip", skip), known_ids("--require", require)
+    files = ReportFiles(junit, html)
+    files.refuse_bad_places()
+    with files.of_failures():
+        meant = _endpoint_of(one_name(name, named), url)
     if meant is not None:
         url, model = meant.url, model or meant.served_model_name
+        run = kept_run(DeploymentFolder(meant.folder))
+        concurrency = concurrency or usual_concurrency(run.max_num_seqs if run else None)
         if api_key_file is None and not os.environ.get(API_KEY_VARIABLE):
             api_key_file = meant.api_key_file
-    url, api_key = endpoint_url(url or ""), read_api_key(os.environ, api_key_file)
-    output = Output(as_json=as_json)
-
-    def show(check: CheckResult) -> None:
-        output.data(check_view(check))
-
-    output.data(smoke_title(url, model))
-    report = run_smoke(url=url, model=model, api_key=api_key, timeout_s=timeout, on_event=show)
+    report = _run(
+        endpoint_url(url or ""),
+        model,
+        read_api_key(os.environ, api_key_file),
+        tuple(dict.fromkeys((*chosen, *required))),
+        SmokeOptions(
+            concurrency=concurrency or usual_concurrency(None),
+            max_ttft_s=max_ttft,
+            min_tokens_per_second=min_tokens_per_second,
+            timeout_s=timeout,
+            check_timeout_s=check_timeout,
+            required=frozenset(required),
+            left_out=frozenset(left_out),
+        ),
+        as_json=as_json,
+    )
+    files.write(report)
     problems = smoke_problems(report) if as_json else ()  # the text shows them at their checks
-    data, text = smoke_data(report), verdict_line(report)
-    output.result("smoke-test", ok=report.ok, data=data, problems=problems, text=text)
+    Output(as_json=as_json).result(
+        "smoke-test",
+        ok=report.ok,
+        data=smoke_data(report),
+        problems=problems,
+        text=verdict_line(report),
+    )
     return EXIT_OK if report.ok else EXIT_NO
+
+
+def known_ids(option: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The ids in `given`, each perhaps several with commas between them.
+
+    Raises:
+        UsageError: one is no check's.
+    """
+    from difflib import get_close_matches
+
+    from gemma_serve.errors import UsageError
+    from gemma_serve.planning.smoke.promises import PROMISES
+
+    ids = [id.strip() for text in given or () for id in text.split(",") if id.strip()]
+    for id in ids:
+        if id not in PROMISES:
+            close = get_close_matches(id, PROMISES, 1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(
+                f"{option} {id}: there is no such check",
+                code="usage",
+                hint=f"{meant}the checks are {', '.join(PROMISES)}",
+            )
+    if given and not ids:
+        raise UsageError(f"{option} names no check", code="usage", hint="such as --only chat")
+    return tuple(ids)
+
+
+def _run(
+    url: str,
+    model: str | None,
+    api_key: str | None,
+    ids: tuple[str, ...],
+    options: SmokeOptions,
+    *,
+    as_json: bool,
+) -> SmokeReport:
+    """Run the checks and show each: in a live table on a terminal, else line by line."""
+    from gemma_serve.planning.smoke.promises import with_needs
+    from gemma_serve.usecases.smoke.run import run_smoke
+    from gemma_serve.view.output import Output
+    from gemma_serve.view.smoke import check_view, smoke_title
+    from gemma_serve.view.smoke_table import SmokeTable, can_show_table
+
+    title = smoke_title(url, model)
+    if not as_json and can_show_table():
+        with SmokeTable(with_needs(ids), title) as table:
+            return run_smoke(
+                url=url,
+                model=model,
+                api_key=api_key,
+                options=options,
+                only=ids,
+                on_begin=table.began,
+                on_event=table.ended,
+            )
+    output = Output(as_json=as_json)
+    output.data(title)
+    return run_smoke(
+        url=url,
+        model=model,
+        api_key=api_key,
+        options=options,
+        only=ids,
+        on_event=lambda check: output.data(check_view(check)),
+    )
 
 
 def _endpoint_of(name: str | None, url: str | None) -> Deployment | None:

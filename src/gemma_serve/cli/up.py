@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_serve.cli.options import AsJson, ConfigFile, Force, one_name, with_settings
+from gemma_serve.cli.smoke_test import Concurrency, Html, Junit
 from gemma_serve.errors import EXIT_NO, EXIT_OK, GemmaServeError, UsageError
 
 if TYPE_CHECKING:
     from gemma_serve.usecases.plan import ServePlan
-    from gemma_serve.usecases.up import UpResult
+    from gemma_serve.usecases.up import UpOptions, UpResult
     from gemma_serve.view.up import UpView
 
 
@@ -34,6 +35,9 @@ def up(
     smoke_test: Annotated[
         bool, typer.Option("--smoke-test", help="Test the endpoint once it is ready.")
     ] = False,
+    junit: Junit = None,
+    html: Html = None,
+    concurrency: Concurrency = None,
     once: Annotated[
         bool,
         typer.Option("--once", help="Stop when ready and tested, with the test's exit code."),
@@ -53,6 +57,7 @@ def up(
     from gemma_serve.adapters.settings import read_api_key
     from gemma_serve.usecases.up import UpOptions
     from gemma_serve.usecases.up import up as serve
+    from gemma_serve.view.smoke_reports import ReportFiles
     from gemma_serve.view.up import UpView
 
     if detach and once:
@@ -61,30 +66,38 @@ def up(
             code="usage",
             hint="leave one of the two out",
         )
+    reports = ReportFiles(junit, html)
+    if (reports.wanted or concurrency) and not smoke_test:
+        raise UsageError(
+            "--junit, --html and --concurrency are of the smoke test",
+            code="usage",
+            hint="add --smoke-test",
+        )
+    reports.refuse_bad_places()
     if deployment is not None:
         flags["name"] = one_name(deployment, flags.get("name"))
-    view = UpView(as_json=as_json)
+    view = UpView(as_json=as_json, reports=reports)
+    options = UpOptions(smoke_test=smoke_test, concurrency=concurrency, once=once, force=force)
     if detach:
         return start_detached(
             flags,
             environ=os.environ,
             view=view,
             file=config,
-            force=force,
-            smoke_test=smoke_test,
+            options=options,
             auto_fix=auto_fix,
         )
 
     def run(plan: ServePlan, environ: Mapping[str, str]) -> UpResult:
         return serve(
             plan,
-            options=UpOptions(smoke_test=smoke_test, once=once, force=force),
+            options=options,
             environ=environ,
             api_key=read_api_key(environ, plan.config.api_key_file),
             on_event=view.on_event,
         )
 
-    with view:
+    with view, reports.of_failures():
         result = _start(run, flags, os.environ, view, file=config, force=force, auto_fix=auto_fix)
     view.result(result)
     return EXIT_OK if result.ok else EXIT_NO
@@ -95,9 +108,8 @@ def start_detached(
     *,
     environ: Mapping[str, str],
     view: UpView,
+    options: UpOptions,
     file: Path | None = None,
-    force: bool = False,
-    smoke_test: bool = False,
     auto_fix: bool = False,
 ) -> int:
     """Start it in the background and return when it is ready; `up --detach` and `restart`."""
@@ -107,14 +119,14 @@ def start_detached(
     def run(plan: ServePlan, environ: Mapping[str, str]) -> UpResult:
         return up_detached(
             plan,
-            smoke_test=smoke_test,
-            force=force,
+            options=options,
             environ=environ,
             api_key=read_api_key(environ, plan.config.api_key_file),
             on_event=view.on_event,
         )
 
-    with view:
+    force = options.force
+    with view, view.reports.of_failures():
         result = _start(run, flags, environ, view, file=file, force=force, auto_fix=auto_fix)
     view.detached(result)
     return EXIT_OK if result.ok else EXIT_NO

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gemma_serve.errors import GemmaServeError
-from gemma_serve.planning.smoke import DEMO_MODEL
+from gemma_serve.planning.smoke.questions import DEMO_MODEL
 from gemma_serve.usecases.check import CheckReport, find_port_problem
 from gemma_serve.usecases.download import DownloadRequest, download
 from gemma_serve.usecases.events import Noticed, OnEvent

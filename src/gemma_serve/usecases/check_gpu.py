@@ -14,7 +14,7 @@ from gemma_serve.planning.hardware.gpus import Chosen, choose_gpus
 from gemma_serve.planning.launch import Device, Engine, render_launch
 from gemma_serve.planning.memory.fit import Fit
 from gemma_serve.planning.model.facts import FactsReading
-from gemma_serve.planning.smoke import DEMO_MODEL
+from gemma_serve.planning.smoke.questions import DEMO_MODEL
 from gemma_serve.usecases.configure import read_layers
 from gemma_serve.usecases.fit import FitReport, judge_fit, planned_values, with_a_way_out
 from gemma_serve.usecases.known_failures import with_titles

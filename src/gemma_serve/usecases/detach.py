@@ -33,8 +33,7 @@ from gemma_serve.usecases.events import (
 )
 from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.run import Run, run_of, write_run
-from gemma_serve.usecases.smoke import run_smoke
-from gemma_serve.usecases.up import UpResult
+from gemma_serve.usecases.up import UpOptions, UpResult, smoke_test_of
 
 _TICK_S = 0.1
 
@@ -42,8 +41,7 @@ _TICK_S = 0.1
 def up_detached(
     plan: ServePlan,
     *,
-    smoke_test: bool,
-    force: bool,
+    options: UpOptions,
     environ: Mapping[str, str],
     api_key: str | None,
     on_event: OnEvent,
@@ -57,7 +55,7 @@ def up_detached(
         Stopped: SIGINT, SIGTERM or SIGHUP came.
         GemmaServeError: a deployment of that name runs, or another has the port.
     """
-    run = run_of(plan, detached=True, force=force)
+    run = run_of(plan, detached=True, force=options.force)
     folder = deployment_folder(run.name, environ)
     with Inbox() as inbox:
         with claim(run.name, run.port, environ) as claimed:
@@ -70,14 +68,8 @@ def up_detached(
         finally:
             os.close(events)
     report = None
-    if smoke_test:
-        report = run_smoke(
-            url=run.url,
-            model=run.served_model_name,
-            api_key=api_key,
-            answers=plan.known_answers,
-            on_event=on_event,
-        )
+    if options.smoke_test:
+        report = smoke_test_of(run, options.concurrency, plan.known_answers, api_key, on_event)
         on_event(report)
     return UpResult(
         run.name, run.url, run.served_model_name, ready.ready_s, tuple(phases), folder.log, report

@@ -10,7 +10,7 @@ from typing import Any
 from gemma_serve.engine.diagnosis.diagnosis import Diagnosis
 from gemma_serve.engine.ladder import StopStep
 from gemma_serve.errors import Problem
-from gemma_serve.planning.smoke import CheckResult, SmokeReport
+from gemma_serve.planning.smoke.report import CheckResult, SmokeReport
 from gemma_serve.usecases.diagnose import read_diagnosis
 
 

@@ -15,7 +15,7 @@ from gemma_serve.planning.config import ServeConfig
 from gemma_serve.planning.launch import ModelSource
 from gemma_serve.planning.model.catalogue import CatalogueEntry, nearest_model
 from gemma_serve.planning.model.facts import FactsReading, ModelFacts, facts_from_config
-from gemma_serve.planning.smoke import DEMO_MODEL
+from gemma_serve.planning.smoke.questions import DEMO_MODEL
 from gemma_serve.usecases.local_files import find_cached
 
 

@@ -15,7 +15,7 @@ from gemma_serve.planning.config import Layer, ResolvedConfig, ServeConfig, is_l
 from gemma_serve.planning.hardware.gpus import Gpu
 from gemma_serve.planning.launch import Device, Engine, Launch, ModelSource, render_launch
 from gemma_serve.planning.problem_topics import topic_of
-from gemma_serve.planning.smoke import DEMO_MODEL, Answers, parse_answers
+from gemma_serve.planning.smoke.questions import DEMO_MODEL, Answers, parse_answers
 from gemma_serve.usecases.before_start import start_problems
 from gemma_serve.usecases.check_gpu import (
     GpuReport,

@@ -14,7 +14,7 @@ from gemma_serve.usecases.check import check
 from gemma_serve.usecases.deployments import find_deployment
 from gemma_serve.usecases.events import OnEvent
 from gemma_serve.usecases.plan import ServePlan
-from gemma_serve.usecases.run import Run, read_run
+from gemma_serve.usecases.run import Run, kept_run
 from gemma_serve.usecases.stop import stop
 
 
@@ -26,14 +26,13 @@ def read_last_run(name: str | None, environ: Mapping[str, str]) -> Run:
     """
     found = find_deployment(name, environ)
     folder = DeploymentFolder(found.deployment.folder)
-    try:
-        run = read_run(folder.read_json(folder.run) or {})
-    except (TypeError, KeyError):
+    run = kept_run(folder)
+    if run is None:
         raise GemmaServeError(
             f"the settings of {found.deployment.name} in {folder.run} can't be read",
             code="state.unreadable",
             hint=f"start it with its settings: gemma-serve up --name {found.deployment.name} ...",
-        ) from None
+        )
     if run.key_source is not None and run.api_key_file is None and not _has_key(environ):
         raise GemmaServeError(
             f"{run.name} was started with an API key from {run.key_source}, which is not set here",

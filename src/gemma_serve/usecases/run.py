@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma_serve.adapters.state import DeploymentFolder
 from gemma_serve.planning.config import client_url, deployment_name, phase_limits_s
 from gemma_serve.usecases.plan import ServePlan
 
@@ -46,6 +47,13 @@ class Run:
     def url(self) -> str:
         """Where clients on this machine reach it."""
         return client_url(self.host, self.port)
+
+    @property
+    def max_num_seqs(self) -> int | None:
+        """How many requests the engine takes at once, where it was told."""
+        pairs = zip(self.argv, self.argv[1:], strict=False)
+        given = [value for flag, value in pairs if flag == "--max-num-seqs"]
+        return int(given[-1]) if given and given[-1].isdigit() else None
 
     @property
     def longest_drain_s(self) -> float:
@@ -112,3 +120,11 @@ def read_run(value: Mapping[str, Any]) -> Run:
     for name in ("api_key_file", "cache_dir"):
         known[name] = None if known[name] is None else Path(known[name])
     return Run(**known)
+
+
+def kept_run(folder: DeploymentFolder) -> Run | None:
+    """How the deployment of `folder` was last run; None where that can't be read."""
+    try:
+        return read_run(folder.read_json(folder.run) or {})
+    except (TypeError, KeyError):
+        return None

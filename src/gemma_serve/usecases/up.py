@@ -10,12 +10,14 @@ from pathlib import Path
 from gemma_serve.adapters.claims import Claim
 from gemma_serve.adapters.state import deployment_folder
 from gemma_serve.engine.inbox import Inbox
-from gemma_serve.planning.smoke import Answers, SmokeReport
+from gemma_serve.planning.smoke.questions import Answers
+from gemma_serve.planning.smoke.report import SmokeReport
 from gemma_serve.usecases.deployments import claim, hold
 from gemma_serve.usecases.events import OnEvent, PhaseBegan
 from gemma_serve.usecases.plan import ServePlan
 from gemma_serve.usecases.run import Run, run_of, write_run
-from gemma_serve.usecases.smoke import run_smoke
+from gemma_serve.usecases.smoke.run import run_smoke
+from gemma_serve.usecases.smoke.session import SmokeOptions, usual_concurrency
 from gemma_serve.usecases.supervise import Supervisor
 
 
@@ -41,10 +43,12 @@ class UpResult:
 class UpOptions:
     """What `up` does beyond starting: test the endpoint, and stop after that.
 
-    `force` is only kept, so that a restart overrides the same checks.
+    The test sends `concurrency` requests at once, by default as many as fit the engine. `force`
+    is only kept, so that a restart overrides the same checks.
     """
 
     smoke_test: bool = False
+    concurrency: int | None = None
     once: bool = False
     force: bool = False
 
@@ -124,7 +128,9 @@ def _look_after(
         )
         supervisor.start()
         supervisor.wait_until_ready()
-        report = _smoke_test(supervisor, answers, api_key) if options.smoke_test else None
+        report = None
+        if options.smoke_test:
+            report = _smoke_test(supervisor, options.concurrency, answers, api_key)
         if not options.once:
             supervisor.serve()
         assert supervisor.ready_s is not None
@@ -139,18 +145,33 @@ def _look_after(
         )
 
 
+def smoke_test_of(
+    run: Run,
+    concurrency: int | None,
+    answers: Answers | None,
+    api_key: str | None,
+    on_event: OnEvent,
+) -> SmokeReport:
+    """Test the endpoint of a `run` that is ready, each check as an event."""
+    return run_smoke(
+        url=run.url,
+        model=run.served_model_name,
+        api_key=api_key,
+        answers=answers,
+        options=SmokeOptions(concurrency=concurrency or usual_concurrency(run.max_num_seqs)),
+        on_event=on_event,
+    )
+
+
 def _smoke_test(
-    supervisor: Supervisor, answers: Answers | None, api_key: str | None
+    supervisor: Supervisor,
+    concurrency: int | None,
+    answers: Answers | None,
+    api_key: str | None,
 ) -> SmokeReport:
     run = supervisor.run
     report = supervisor.during(
-        lambda: run_smoke(
-            url=run.url,
-            model=run.served_model_name,
-            api_key=api_key,
-            answers=answers,
-            on_event=supervisor.relay,
-        )
+        lambda: smoke_test_of(run, concurrency, answers, api_key, supervisor.relay)
     )
     if not report.ok:
         supervisor.look_once_more()

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from gemma_serve.errors import Problem
-from gemma_serve.planning.smoke import CheckResult, SmokeReport
+from gemma_serve.planning.smoke.promises import PROMISES
+from gemma_serve.planning.smoke.report import CheckResult, SmokeReport
+from gemma_serve.view.smoke_words import Figures, exchanges, one_line, seen
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
 
 # The word, not its colour, is the verdict.
-_MARKS = {"passed": ("pass", "bold green"), "failed": ("FAIL", "bold red"), "skipped": ("skip", "")}
+MARKS = {"passed": ("pass", "bold green"), "failed": ("FAIL", "bold red"), "skipped": ("skip", "")}
+ID_WIDTH = max(map(len, PROMISES))
 _INDENT = 6
-_ID_WIDTH = 19
 # Answers to several questions get a line each, which fits on a terminal of 100 columns.
 _LINE = 90
+# Of all else that a server says, this much.
+_LONGEST = 400
+# What these say tells a person most about a model; the other answers are in the reports.
+_WITH_ANSWERS = ("completion", "chat", "chat-multi-turn", "chat-system", "together")
 
 
 def smoke_data(report: SmokeReport) -> dict[str, Any]:
@@ -25,6 +33,9 @@ def smoke_data(report: SmokeReport) -> dict[str, Any]:
     return {
         "url": report.url,
         "model": report.model,
+        "started_at": started_at(report).isoformat(timespec="seconds"),
+        "duration_s": report.duration_s,
+        "engine_version": report.engine_version,
         "checks": [check_data(check) for check in report.checks],
     }
 
@@ -40,6 +51,11 @@ def check_data(check: CheckResult) -> dict[str, Any]:
         "hint": check.hint,
         "duration_s": check.duration_s,
     }
+
+
+def started_at(report: SmokeReport) -> datetime:
+    """When the run began, in UTC."""
+    return datetime.fromtimestamp(report.started_at, UTC)
 
 
 def smoke_problems(report: SmokeReport) -> tuple[Problem, ...]:
@@ -63,10 +79,15 @@ def check_view(check: CheckResult) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    mark, style = _MARKS[check.status]
-    head = Text.assemble((mark, style), f"  {check.id:<{_ID_WIDTH}}", (_summary(check), "dim"))
+    mark, style = MARKS[check.status]
+    head = Text.assemble((mark, style), f"  {check.id:<{ID_WIDTH}}  ", (summary(check), "dim"))
     head.rstrip()
-    return Group(head, *map(_Indented, _below(check)))
+    return Group(head, *indented(below(check)))
+
+
+def indented(lines: Iterable[str]) -> list[RenderableType]:
+    """Each of `lines`, wrapped and set in under its check."""
+    return [_Indented(line) for line in lines]
 
 
 class _Indented:
@@ -87,86 +108,48 @@ def verdict_line(report: SmokeReport) -> Text:
     """The last line: how many checks passed, failed and were skipped, and what that means."""
     from rich.text import Text
 
+    style = "bold green" if report.ok else "bold red"
+    return Text.assemble("\n", (verdict(report), style), f": {counts(report)}")
+
+
+def verdict(report: SmokeReport) -> str:
+    """The verdict as a sentence; where nothing was shown, it is neither good nor bad."""
+    if report.ok:
+        return "the endpoint keeps its promises"
+    if any(check.status == "failed" for check in report.checks):
+        return "the endpoint breaks its promises"
+    return "no promise of the endpoint was tried"
+
+
+def counts(report: SmokeReport) -> str:
+    """How many checks passed, failed and were skipped: "26 passed, 1 skipped"."""
     statuses = [check.status for check in report.checks]
-    counts = ", ".join(
-        f"{statuses.count(status)} {status}" for status in _MARKS if status in statuses
-    )
-    said = "the endpoint keeps its promises" if report.ok else "the endpoint breaks its promises"
-    return Text.assemble("\n", (said, "bold green" if report.ok else "bold red"), f": {counts}")
+    found = (f"{statuses.count(status)} {status}" for status in MARKS if status in statuses)
+    return ", ".join(found) or "0 checks"
 
 
-def _summary(check: CheckResult) -> str:
+def summary(check: CheckResult) -> str:
     """The figures in a few words; of a check that was not tried, why."""
-    if check.status == "skipped":
-        return check.reason
-    figures = check.figures
-    parts = [write(figures) for write in (_SEVERAL if "answers" in figures else _ALONE)]
-    return " · ".join(part for part in parts if part)
+    text = check.reason if check.status == "skipped" else " · ".join(seen(check))
+    return one_line(text, _LONGEST)
 
 
-def _below(check: CheckResult) -> list[str]:
-    lines = _exchange(check.figures)
-    if check.status == "failed":
-        lines.append(check.reason)
+def below(check: CheckResult) -> list[str]:
+    """What a person wants to read under a check, a line each: answers, reason, hint."""
+    failed = check.status == "failed"
+    lines = _exchange(check.figures) if failed or check.id in _WITH_ANSWERS else []
+    if failed:
+        lines.append(one_line(check.reason, _LONGEST))
     if check.hint and check.status != "passed":
-        lines.append(f"hint: {check.hint}")
+        lines.append(f"hint: {one_line(check.hint, _LONGEST)}")
     return lines
 
 
-def _exchange(figures: Mapping[str, Any]) -> list[str]:
+def _exchange(figures: Figures) -> list[str]:
     """What was asked and answered; of several at a time, a line each."""
-    if several := figures.get("answers"):
-        lines = [f"{one['prompt']} → {one['answer']}" for one in several]
-        return [line if len(line) <= _LINE else line[: _LINE - 1] + "…" for line in lines]
-    if "answer" not in figures:
+    if several := exchanges(figures):
+        return [one_line(f"{one.get('prompt')} → {one.get('answer')}", _LINE) for one in several]
+    if figures.get("answer") is None:
         return []
-    system = f"[{figures['system']}] " if "system" in figures else ""
-    return [f"{system}{figures['prompt']} → {figures['answer']}"]
-
-
-def _models(figures: Mapping[str, Any]) -> str:
-    if "models" not in figures:
-        return ""
-    limit = figures.get("max_model_len")
-    return ", ".join(figures["models"]) + (f", up to {limit} tokens" if limit else "")
-
-
-def _quicker(figures: Mapping[str, Any]) -> str:
-    if "speedup" not in figures:
-        return ""
-    times, peak = figures["speedup"], figures["in_progress_at_once"]
-    return f"{times:.1f} times as quick as one by one · {peak} in progress at once"
-
-
-def _stop(figures: Mapping[str, Any]) -> str:
-    return f"stopped at {figures['stop']!r}" if "stop" in figures else ""
-
-
-def _growth(figures: Mapping[str, Any]) -> str:
-    alone = figures.get("prompt_tokens_alone")
-    return "" if alone is None else f"{figures['prompt_tokens']} prompt tokens, {alone} without"
-
-
-def _overlap(figures: Mapping[str, Any]) -> str:
-    if "overlap_s" not in figures:
-        return ""
-    return f"{figures['stagger_s']:.2f} s apart, {figures['overlap_s']:.2f} s side by side"
-
-
-def _tokens(figures: Mapping[str, Any]) -> str:
-    tokens = figures.get("tokens")
-    return "" if tokens is None else f"{tokens} token{'' if tokens == 1 else 's'}"
-
-
-def _pace(figures: Mapping[str, Any]) -> str:
-    pace = figures.get("tokens_per_second")
-    return "" if pace is None else f"{pace:.0f} tokens/s"
-
-
-def _first_token(figures: Mapping[str, Any]) -> str:
-    ttft_s = figures.get("ttft_s")
-    return "" if ttft_s is None else f"first after {ttft_s:.3f} s"
-
-
-_ALONE = (_models, _stop, _growth, _tokens, _pace, _first_token)
-_SEVERAL = (_quicker, _overlap, _pace)
+    system = f"[{figures['system']}] " if figures.get("system") else ""
+    return [one_line(f"{system}{figures.get('prompt')} → {figures['answer']}", _LONGEST)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_serve.adapters.engine_orphans import EngineOrphan
 from gemma_serve.errors import Problem
-from gemma_serve.planning.smoke import CheckResult, SmokeReport
+from gemma_serve.planning.smoke.report import CheckResult, SmokeReport
 from gemma_serve.usecases.check import CheckReport
 from gemma_serve.usecases.events import (
     EVENT_NAMES,
@@ -39,6 +39,7 @@ from gemma_serve.view.download import DownloadView
 from gemma_serve.view.orphans import orphan_problem
 from gemma_serve.view.output import Output, err_console
 from gemma_serve.view.smoke import check_data, check_view, smoke_data, smoke_problems, verdict_line
+from gemma_serve.view.smoke_reports import NO_REPORTS, ReportFiles
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -47,7 +48,10 @@ if TYPE_CHECKING:
 class UpView:
     """Shows one run of `up`. A context manager, so that a spinner never outlives it."""
 
-    def __init__(self, *, as_json: bool, command: str = "up") -> None:
+    def __init__(
+        self, *, as_json: bool, command: str = "up", reports: ReportFiles = NO_REPORTS
+    ) -> None:
+        self.reports = reports
         self._command = command
         self._output = Output(as_json=as_json)
         self._download = DownloadView(self._output)
@@ -96,7 +100,9 @@ class UpView:
             self._status.start()
 
     def on_event(self, event: Event) -> None:
-        """Show one event as it happens."""
+        """Show one event as it happens, and write the reports of the smoke test."""
+        if isinstance(event, SmokeReport):
+            self.reports.write(event)
         if self._output.as_json:
             if self._download.is_due(event):
                 self._output.json_line(event_data(event))

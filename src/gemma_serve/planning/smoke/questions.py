@@ -1,102 +1,31 @@
-"""The smoke test as values: its checks, what they ask, and what they report."""
+"""What the smoke test asks, and the answers that are known."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma_serve.errors import GemmaServeError
 
-Status = Literal["passed", "failed", "skipped"]
-
-# Each check and what it promises, in the order in which they run.
-PROMISES: Mapping[str, str] = {
-    "models": "The endpoint lists the model that it serves",
-    "completion": "A prompt is continued with text, and its tokens are counted",
-    "completion-stream": "A streamed completion comes piece by piece and equals the plain one",
-    "stop-sequence": "A stop sequence ends the answer and is left out of it",
-    "chat": "A chat message is answered",
-    "chat-multi-turn": "A streamed chat takes the earlier turns into account",
-    "chat-system": "A system message is accepted and reaches the model",
-    "two-staggered": "A second request is answered while the first still runs",
-    "eight-together": "Eight requests at once are answered together, each with its own answer",
-}
-
-# A check is tried only after all of these have passed ...
-NEEDS: Mapping[str, tuple[str, ...]] = {
-    "models": (),
-    "completion": ("models",),
-    "completion-stream": ("models", "completion"),
-    "stop-sequence": ("models", "completion"),
-    "chat": ("models",),
-    "chat-multi-turn": ("models", "chat"),
-    "chat-system": ("models", "chat"),
-    "two-staggered": ("models",),
-    "eight-together": ("models",),
-}
-
-# ... and one of these, which then decides how it asks.
-NEEDS_ONE_OF: Mapping[str, tuple[str, ...]] = {
-    "two-staggered": ("completion", "chat"),
-    "eight-together": ("completion", "chat"),
-}
-
 DEMO_MODEL = "demo"
 STAGGER_S = 0.5
-STAGGER_ATTEMPTS = 3
 TOGETHER_TOKENS = 64
+FEW_TOKENS = 5
+# What the model is made to write to see whether characters of two, three and four bytes arrive.
+BEYOND_ASCII = "café, Zürich, 東京, 🌍"
 _ANSWER_TOKENS = 64
 _KNOWN_ANSWER_TOKENS = 256
 _STAGGERED_TOKENS = (64, 512)
 # The first of the two staggered requests is to run for six times the stagger, by the pace so far.
 _STAGGERED_S = 6 * STAGGER_S
-_EIGHT = ("france", "italy", "spain", "portugal", "germany", "japan", "egypt", "greece")
+_PROMPT_BLOCKS = 3
+_WORD = "a "  # one token in every tokenizer of Gemma
 
 
 _Known = TypeVar("_Known", "KnownCompletion", "KnownChat")
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """One promise, tested. `reason` says why it failed or was skipped.
-
-    `figures` are what was measured: times in seconds (`_s`), counts, and the answer's text.
-    """
-
-    id: str
-    promise: str
-    status: Status
-    reason: str = ""
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    hint: str = ""
-    duration_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class SmokeReport:
-    """Every check of one run against `model` at `url`, in order."""
-
-    url: str
-    model: str
-    checks: tuple[CheckResult, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether the endpoint kept its promises: nothing failed, and something was shown."""
-        statuses = [check.status for check in self.checks]
-        return "failed" not in statuses and "passed" in statuses
-
-
-def with_needs(ids: Collection[str]) -> tuple[str, ...]:
-    """The checks `ids` and those that they need, in order."""
-    wanted = set(ids)
-    for id in reversed(tuple(PROMISES)):  # what a check needs comes before it
-        if id in wanted:
-            wanted |= {*NEEDS[id], *NEEDS_ONE_OF.get(id, ())}
-    return tuple(id for id in PROMISES if id in wanted)
 
 
 class KnownCompletion(BaseModel):
@@ -150,12 +79,14 @@ def parse_answers(text: str) -> Answers:
 class Question:
     """What to ask: a chat's `messages`, or where there are none, a `prompt` to continue.
 
-    For a chat, `prompt` is its last message. `known` is the only right answer, where one is.
+    For a chat, `prompt` is its last message. `known` is the only right answer, where one is;
+    every right answer has `holds` in it.
     """
 
     prompt: str
     messages: tuple[Mapping[str, str], ...] = ()
     known: str | None = None
+    holds: str = ""
 
     def as_completion(self) -> Question:
         """The same words as a prompt to continue, for a model that can't chat."""
@@ -168,14 +99,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """What each check asks."""
+    """What each check asks. `many` are different ones, for requests at the same time."""
 
     completion: Question
-    stop: Question
+    count: Question
+    open_ended: Question
     chat: Question
+    chat_count: Question
     second_turn: Question
     system: Question
-    eight: tuple[Question, ...]
+    many: tuple[Question, ...]
 
 
 def questions(answers: Answers, *, known: bool) -> Questions:
@@ -186,29 +119,41 @@ def questions(answers: Answers, *, known: bool) -> Questions:
         return Question(found.prompt, known=found.answer if known else None)
 
     def chat(id: str) -> Question:
-        found = answers.chat(id)
-        last = found.messages[-1]["content"]
-        return Question(last, found.messages, found.answer if known else None)
+        return _chat_question(answers.chat(id), known=known)
 
     return Questions(
         completion=completion("capital-of-france"),
-        stop=completion("count"),
+        count=completion("count"),
+        open_ended=completion("once-upon-a-time"),
         chat=chat("capital-of-france"),
+        chat_count=chat("count-to-ten"),
         second_turn=chat("second-fun-fact"),
         system=chat("system-one-word"),
-        eight=tuple(chat(f"capital-of-{country}") for country in _EIGHT),
+        many=tuple(
+            _chat_question(one, known=known) for one in answers.chats if len(one.messages) == 1
+        ),
     )
+
+
+def of_instruction_tuned_gemma(asked: Questions) -> Questions:
+    """The same questions, and what every Gemma that was taught to chat says to one of them."""
+    return replace(asked, chat=replace(asked.chat, holds="Paris"))
+
+
+def many_questions(asked: Questions, count: int) -> tuple[Question, ...]:
+    """`count` questions, all different as long as there are enough."""
+    return tuple(asked.many[index % len(asked.many)] for index in range(count))
 
 
 def answer_tokens(question: Question, max_model_len: int | None) -> int:
     """How many tokens to ask for: a known answer is wanted whole, of others a few lines do."""
     wanted = _ANSWER_TOKENS if question.known is None else _KNOWN_ANSWER_TOKENS
-    return _with_room(wanted, max_model_len)
+    return with_room(wanted, max_model_len)
 
 
-def together_tokens(max_model_len: int | None) -> int:
-    """How many tokens each of eight answers at once is made to have."""
-    return _with_room(TOGETHER_TOKENS, max_model_len)
+def together_tokens(max_model_len: int | None, *, attempt: int = 0) -> int:
+    """How many tokens each of several answers at once is made to have."""
+    return with_room(TOGETHER_TOKENS * 2**attempt, max_model_len)
 
 
 def staggered_tokens(
@@ -220,12 +165,28 @@ def staggered_tokens(
     """
     least, most = _STAGGERED_TOKENS
     wanted = max(round((tokens_per_second or 0.0) * _STAGGERED_S), least) * 4**attempt
-    return _with_room(min(wanted, most), max_model_len)
+    return with_room(min(wanted, most), max_model_len)
 
 
-def _with_room(tokens: int, max_model_len: int | None) -> int:
-    """Half of the longest sequence is left to the question."""
+def with_room(tokens: int, max_model_len: int | None) -> int:
+    """At most half of the longest sequence: the rest is left to the question."""
     return tokens if max_model_len is None else max(1, min(tokens, max_model_len // 2))
+
+
+def long_prompt(block_size: int, max_model_len: int | None) -> str:
+    """A prompt that fills a few whole blocks of the KV cache, as far as the model takes it."""
+    words = _PROMPT_BLOCKS * max(block_size, 16) + 1
+    return "Once more: " + _WORD * with_room(words, max_model_len)
+
+
+def too_long_prompt(max_model_len: int) -> str:
+    """A prompt of more tokens than the longest sequence has."""
+    return _WORD * (max_model_len + 16)
+
+
+def _chat_question(chat: KnownChat, *, known: bool) -> Question:
+    last = chat.messages[-1]["content"]
+    return Question(last, chat.messages, chat.answer if known else None)
 
 
 def _with_id(known: tuple[_Known, ...], id: str) -> _Known:

@@ -1,0 +1,73 @@
+"""Whether a stream was one: in order, in several events, over the time that the writing took."""
+
+from __future__ import annotations
+
+from gemma_serve.planning.smoke.verdicts import (
+    LOGS,
+    PROXY,
+    Fault,
+    Reply,
+    StreamedReply,
+    where_they_part,
+)
+
+_EVENT_STREAM = "text/event-stream"
+_GATHERED = "something gathers the answer up: a buffering proxy, or a large `--stream-interval`"
+_FEW_TOKENS = 4
+# Events that come over less than this part of the writing were kept back. A client that is short
+# of processor time reads some of them late, but not most.
+_LEAST_SPREAD = 0.25
+
+
+def judge_stream(streamed: StreamedReply) -> Fault | None:
+    """The answer came in several events, in their order, and ended with [DONE]."""
+    if streamed.out_of_order:
+        return Fault(streamed.out_of_order, PROXY)
+    if not streamed.done:
+        return Fault("the stream did not end with [DONE]", "clients wait for it, or report a loss")
+    if streamed.events < 2 and (streamed.completion_tokens or 0) >= _FEW_TOKENS:
+        return Fault(
+            f"{streamed.completion_tokens} tokens came in {streamed.events} event, not one by one",
+            _GATHERED,
+        )
+    if _EVENT_STREAM not in streamed.content_type:
+        return Fault(
+            f"the stream calls itself {streamed.content_type!r}, not {_EVENT_STREAM}", PROXY
+        )
+    return None
+
+
+def judge_same(plain: Reply, streamed: Reply) -> Fault | None:
+    """Streamed and plain are one answer."""
+    if streamed.text != plain.text:
+        found, wanted = where_they_part(streamed.text, plain.text)
+        return Fault(f"streamed it reads {found!r} where the plain answer has {wanted!r}", LOGS)
+    if streamed.finish_reason != plain.finish_reason:
+        reasons = f"{streamed.finish_reason!r} streamed, but {plain.finish_reason!r}"
+        return Fault(f"finish_reason is {reasons} in the plain answer", PROXY)
+    return None
+
+
+def judge_spread(short: StreamedReply, long: StreamedReply) -> Fault | None:
+    """The events came while the answer was written, not all when it was whole.
+
+    How long the writing takes is what a `long` answer takes longer than a `short` one: a slow
+    first token delays both. Where that can't be told apart, there is nothing to judge.
+    """
+    tokens = (long.completion_tokens or 0) - (short.completion_tokens or 0)
+    writing_s = long.duration_s - short.duration_s
+    if tokens < _FEW_TOKENS or writing_s <= 0:
+        return None
+    if spread_s(long) < _LEAST_SPREAD * writing_s:
+        return Fault(
+            f"{long.completion_tokens} tokens came within {spread_s(long):.3f} s, at the end of "
+            f"the {long.duration_s:.3f} s that the answer took",
+            _GATHERED,
+        )
+    return None
+
+
+def spread_s(streamed: StreamedReply) -> float:
+    """Seconds from the first token to the last."""
+    times = streamed.token_times_s
+    return times[-1] - times[0] if times else 0.0

@@ -1,0 +1,177 @@
+"""Completions: plain, streamed, counted, and ended where they should end."""
+
+from __future__ import annotations
+
+from gemma_serve.adapters.openai_api import Answer, EndpointError, Sampling, StreamedAnswer
+from gemma_serve.planning.smoke.limits import (
+    judge_beginning,
+    judge_length,
+    judge_plausible,
+    judge_same_counts,
+    judge_stop,
+    judge_usage,
+    stop_string,
+)
+from gemma_serve.planning.smoke.questions import (
+    BEYOND_ASCII,
+    FEW_TOKENS,
+    Question,
+    answer_tokens,
+    together_tokens,
+)
+from gemma_serve.planning.smoke.streams import judge_same, judge_spread, judge_stream
+from gemma_serve.planning.smoke.verdicts import LOGS, PROXY, Fault, where_they_part
+from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures, pace
+
+_ATTEMPTS = 3
+
+
+async def completion(session: Session) -> Outcome:
+    """Continue a prompt."""
+    question = session.questions.completion
+    reply = await session.ask(question)
+    return Outcome.of(session.judge(reply), answer_figures(question, reply))
+
+
+async def completion_stream(session: Session) -> Outcome:
+    """Continue the same prompt as a stream."""
+    return await stream_like_plain(session, session.questions.completion)
+
+
+async def stream_like_plain(session: Session, question: Question) -> Outcome:
+    """Ask plain and streamed, and once more for a longer stream."""
+    plain, streamed = await both(session, question)
+    fault = judge_stream(streamed) or session.judge(streamed)
+    if fault is None:
+        differs = judge_same(plain, streamed)
+        fault = await session.unless_a_tie(differs, question, plain.text, streamed.text)
+    if fault is None:
+        session.tokens_per_second = pace(streamed)
+        fault = await _judge_spread(session, question, streamed)
+    return Outcome.of(fault, answer_figures(question, streamed))
+
+
+async def usage(session: Session) -> Outcome:
+    """Compare what was counted: plain, streamed, and by the server's own tokenizer."""
+    question = session.questions.completion
+    plain, streamed = await both(session, question)
+    tokenized = await session.endpoint.count_tokens(session.model, question.prompt)
+    fault = (
+        judge_usage(plain, "plain")
+        or judge_usage(streamed, "streamed")
+        or judge_plausible(plain, question.prompt, tokenized)
+    )
+    if fault is None:
+        differs = judge_same_counts(plain, streamed)
+        fault = await session.unless_a_tie(differs, question, plain.text, streamed.text)
+    figures = {
+        "prompt_tokens": plain.prompt_tokens,
+        "tokens": plain.completion_tokens,
+        "total_tokens": plain.total_tokens,
+        "prompt_tokens_tokenized": tokenized,
+    }
+    return Outcome.of(fault, figures)
+
+
+async def max_tokens(session: Session) -> Outcome:
+    """Ask for a few tokens, plain and streamed, and look how a whole answer ended."""
+    return await ends_at_its_limit(session, session.questions.count)
+
+
+async def ends_at_its_limit(session: Session, question: Question) -> Outcome:
+    """The answer to `question` with few tokens is the beginning of the whole one."""
+    limit = answer_tokens(question, session.max_model_len)
+    few = min(FEW_TOKENS, limit)
+    whole = await session.ask(question)
+    sampling = Sampling(few, ignore_eos=True)
+    short = await session.ask_with(question, sampling)
+    streamed = await session.stream_with(question, sampling)
+    fault = judge_length(whole, limit, ends_by_itself=True)
+    for reply in (short, streamed):
+        fault = fault or judge_length(reply, few, ends_by_itself=False)
+        if fault is None:
+            differs = judge_beginning(whole, reply)
+            fault = await session.unless_a_tie(differs, question, whole.text, reply.text)
+    return Outcome.of(fault, {**answer_figures(question, short), "max_tokens": few})
+
+
+async def stop_sequence(session: Session) -> Outcome:
+    """Ask for the whole answer, and with a word from its middle as the stop sequence."""
+    return await stops_at_its_sequence(session, session.questions.count)
+
+
+async def stops_at_its_sequence(session: Session, question: Question) -> Outcome:
+    """With a stop sequence, the answer to `question` ends before it, plain and streamed."""
+    whole = await session.ask(question)
+    stop = stop_string(whole.text)
+    if stop is None:
+        return Outcome(
+            "skipped", answer_figures(question, whole), "the answer is too short to be cut"
+        )
+    sampling = Sampling(answer_tokens(question, session.max_model_len), stop=(stop,))
+    plain = await session.ask_with(question, sampling)
+    streamed = await session.stream_with(question, sampling)
+    fault = None
+    for stopped in (plain, streamed):
+        differs = judge_stop(whole.text, stop, stopped)
+        fault = fault or await session.unless_a_tie(differs, question, stopped.text)
+    return Outcome.of(fault, {**answer_figures(question, plain), "stop": stop})
+
+
+async def greedy(session: Session) -> Outcome:
+    """Ask the same thing twice."""
+    question = session.questions.open_ended
+    first, second = await session.ask(question), await session.ask(question)
+    fault = None
+    if first.text != second.text:
+        found, before = where_they_part(second.text, first.text)
+        fault = Fault(f"asked again it reads {found!r} where it had {before!r}", LOGS)
+        fault = await session.unless_a_tie(fault, question, first.text, second.text)
+    return Outcome.of(fault, answer_figures(question, first))
+
+
+async def utf_8(session: Session) -> Outcome:
+    """Make the model write characters of two, three and four bytes."""
+    question = Question(session.questions.completion.prompt)
+    sampling = Sampling(answer_tokens(question, session.max_model_len), choice=(BEYOND_ASCII,))
+    try:
+        plain = await session.ask_with(question, sampling)
+    except EndpointError as error:
+        if error.kind != "status":
+            raise
+        return Outcome.skipped("the server takes no structured outputs")
+    natural, _ = await both(session, session.questions.completion)
+    if plain.text == natural.text:
+        return Outcome.skipped("the server ignores structured outputs")
+    streamed = await session.stream_with(question, sampling)
+    fault = _judge_written(plain, "plain") or _judge_written(streamed, "streamed")
+    return Outcome.of(fault, answer_figures(question, streamed))
+
+
+async def both(session: Session, question: Question) -> tuple[Answer, StreamedAnswer]:
+    """The plain and the streamed answer to `question`, from an earlier check where there is one."""
+    answered = [reply for asked, reply in session.answered if asked == question]
+    plain = next((one for one in answered if isinstance(one, Answer)), None)
+    streamed = next((one for one in answered if isinstance(one, StreamedAnswer)), None)
+    return plain or await session.ask(question), streamed or await session.stream(question)
+
+
+async def _judge_spread(
+    session: Session, question: Question, short: StreamedAnswer
+) -> Fault | None:
+    """Whether tokens come as they are written: a busy client needs more of them to tell."""
+    fault = None
+    for attempt in range(_ATTEMPTS):
+        tokens = together_tokens(session.max_model_len, attempt=2 * attempt)
+        long = await session.stream_on(question, tokens)
+        fault = judge_stream(long) or judge_spread(short, long)
+        if fault is None:
+            break
+    return fault
+
+
+def _judge_written(reply: Answer | StreamedAnswer, what: str) -> Fault | None:
+    if reply.text.strip() == BEYOND_ASCII:
+        return None
+    found, wanted = where_they_part(reply.text.strip(), BEYOND_ASCII)
+    return Fault(f"{what}, {found!r} came where {wanted!r} was written", PROXY)

@@ -1,0 +1,216 @@
+"""The checks that ask several things at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from time import perf_counter
+
+from gemma_serve.adapters.openai_api import StreamedAnswer
+from gemma_serve.planning.smoke.concurrency import (
+    EngineLoad,
+    judge_beginnings,
+    judge_own_answers,
+    judge_staggered,
+    judge_together,
+    mean_in_progress,
+    overlap_s,
+    parted,
+    parts_at_a_tie,
+    peak_in_progress,
+)
+from gemma_serve.planning.smoke.questions import (
+    STAGGER_S,
+    Question,
+    staggered_tokens,
+    together_tokens,
+)
+from gemma_serve.planning.smoke.streams import judge_stream
+from gemma_serve.planning.smoke.verdicts import LOGS, Fault, judge_known, where_they_part
+from gemma_serve.usecases.smoke.session import (
+    Outcome,
+    Session,
+    joint_figures,
+    rounded,
+    stream_figures,
+)
+
+_ATTEMPTS = 3
+_ONE_ALONE = "--concurrency is 1"
+_LOAD_EVERY_S = 0.1
+
+
+async def staggered(session: Session) -> Outcome:
+    """Send a second request while the first is being answered."""
+    if session.options.concurrency < 2:
+        return Outcome.skipped(_ONE_ALONE)
+    asked = session.many(2)
+    pace, limit = session.tokens_per_second, session.max_model_len
+    for attempt in range(_ATTEMPTS):
+        outcome = await _staggered(session, asked, staggered_tokens(pace, limit, attempt=attempt))
+        if not outcome.look_again:
+            break
+    return outcome
+
+
+async def together(session: Session) -> Outcome:
+    """Ask several questions one after another, then all of them at once."""
+    if session.options.concurrency < 2:
+        return Outcome.skipped(_ONE_ALONE)
+    asked = session.many(session.options.concurrency)
+    for attempt in range(_ATTEMPTS):
+        tokens = together_tokens(session.max_model_len, attempt=attempt)
+        outcome = await _alone_and_together(session, asked, tokens)
+        if not outcome.look_again:
+            break
+    return outcome
+
+
+async def _staggered(session: Session, asked: Sequence[Question], tokens: int) -> Outcome:
+    seen, quarter = 0, asyncio.Event()
+
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= tokens / 4:
+            quarter.set()
+
+    started_at = perf_counter()
+    running = asyncio.create_task(session.stream_on(asked[0], tokens, count))
+    # Where the answer would be over before, a quarter of it is waited for instead.
+    await _either(running, quarter, STAGGER_S)
+    stagger_s = perf_counter() - started_at
+    first, second = await _all([running, session.stream_on(asked[1], tokens)])
+    busy_s = perf_counter() - started_at
+    wrong = _first_fault(session, asked, (first, second))
+    waited = None if wrong else judge_staggered(first, second)
+    figures = {
+        "stagger_s": rounded(stagger_s),
+        "ttft_s": rounded(second.ttft_s),
+        "first_ttft_s": rounded(first.ttft_s),
+        "overlap_s": rounded(overlap_s(first, second)),
+        **joint_figures(asked, (first, second), busy_s),
+    }
+    return Outcome.of(wrong or waited, figures, look_again=waited is not None)
+
+
+async def _alone_and_together(session: Session, asked: Sequence[Question], tokens: int) -> Outcome:
+    started_at = perf_counter()
+    alone = [await session.stream_on(question, tokens) for question in asked]
+    alone_s = perf_counter() - started_at
+    before = {
+        "concurrency": len(asked),
+        "one_after_another_s": rounded(alone_s),
+        "alone": stream_figures(asked, alone),
+    }
+    if fault := _first_fault(session, asked, alone):
+        return Outcome.of(fault, before)
+    async with _watched_load(session) as loads:
+        started_at = perf_counter()
+        replies = await _all([session.stream_on(question, tokens) for question in asked])
+        together_s = perf_counter() - started_at
+    load = _most_of(loads)
+    wrong = (
+        _first_fault(session, asked, replies)
+        or judge_own_answers(alone, replies)
+        or await _judge_parted(session, asked, alone, replies)
+    )
+    waited = None if wrong else judge_together(replies, load)
+    joint = joint_figures(asked, replies, together_s)
+    session.together_tokens_per_second = joint["tokens_per_second"]
+    figures = {
+        **before,
+        "speedup": rounded(alone_s / together_s, 2),
+        "together_s": rounded(together_s),
+        "in_progress_at_once": peak_in_progress(replies),
+        "in_progress_mean": rounded(mean_in_progress(replies), 2),
+        "engine_running": load.running if load else None,
+        "engine_waiting": load.waiting if load else None,
+        "ttft_s": rounded(max((reply.ttft_s or 0.0 for reply in replies), default=None)),
+        **joint,
+    }
+    return Outcome.of(wrong or waited, figures, look_again=waited is not None)
+
+
+@asynccontextmanager
+async def _watched_load(session: Session) -> AsyncIterator[list[EngineLoad]]:
+    """What the engine itself counts while the block runs, reading after reading."""
+    loads: list[EngineLoad] = []
+
+    async def watch() -> None:
+        while (now := await session.metrics()) is not None:
+            loads.append(EngineLoad(now.requests_running, now.requests_waiting))
+            await asyncio.sleep(_LOAD_EVERY_S)
+
+    # The first reading imports the parser, which would keep the streams from being read.
+    if await session.metrics() is None:
+        yield loads
+        return
+    watching = asyncio.create_task(watch())
+    try:
+        yield loads
+    finally:
+        watching.cancel()
+
+
+def _most_of(loads: Sequence[EngineLoad]) -> EngineLoad | None:
+    if not loads:
+        return None
+    running = max(load.running for load in loads)
+    return EngineLoad(running, max(load.waiting for load in loads), len(loads))
+
+
+async def _judge_parted(
+    session: Session,
+    asked: Sequence[Question],
+    alone: Sequence[StreamedAnswer],
+    together: Sequence[StreamedAnswer],
+) -> Fault | None:
+    """Whether the answers that read otherwise than alone do so only for their arithmetic."""
+    for index in parted(alone, together):
+        question, text = asked[index], together[index].text
+        tokens = await session.margins(question, together[index].completion_tokens or 1)
+        if not tokens:
+            return judge_beginnings(alone, together)
+        if not parts_at_a_tie(text, tokens):
+            found, wanted = where_they_part(text, alone[index].text)
+            return Fault(
+                f"to {question.prompt!r}: {found!r} among others, but {wanted!r} alone", LOGS
+            )
+    return None
+
+
+def _first_fault(
+    session: Session, asked: Sequence[Question], replies: Sequence[StreamedAnswer]
+) -> Fault | None:
+    """What is wrong with the first wrong answer."""
+    for question, reply in zip(asked, replies, strict=True):
+        fault = (
+            judge_stream(reply)
+            or session.judge(reply)
+            or judge_known(reply, question, open_ended=True)
+        )
+        if fault is not None:
+            return fault
+    return None
+
+
+async def _either(
+    task: asyncio.Task[StreamedAnswer], event: asyncio.Event, timeout_s: float
+) -> None:
+    """Wait until `task` ends, `event` is set or the time is over."""
+    waiter = asyncio.create_task(event.wait())
+    await asyncio.wait((task, waiter), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+
+
+async def _all(requests: Sequence[Awaitable[StreamedAnswer]]) -> list[StreamedAnswer]:
+    """Wait for every request, also when one fails, then raise the first error."""
+    done = await asyncio.gather(*requests, return_exceptions=True)
+    answers = []
+    for outcome in done:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        answers.append(outcome)
+    return answers

@@ -1,0 +1,101 @@
+"""What only the engine's own counts show: freed places and the prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from time import perf_counter
+
+from gemma_serve.adapters.metrics import EngineMetrics
+from gemma_serve.adapters.openai_api import Sampling
+from gemma_serve.planning.smoke.questions import Question, long_prompt
+from gemma_serve.planning.smoke.verdicts import LOGS, PROXY, Fault
+from gemma_serve.usecases.smoke.session import Outcome, Session, rounded
+
+_NO_METRICS = "the server shows no /metrics of vLLM's"
+_ATTEMPTS = 3
+_READINGS = 3
+_READ_TOKENS = 5
+_LONG_ANSWER = 4096
+_LEAST_PATIENCE_S = 1.0
+_PATIENCE_S = 5.0
+_TICK_S = 0.05
+
+
+async def cancelled_stream(session: Session) -> Outcome:
+    """Begin a long stream, leave it, and see how soon the engine has one request less."""
+    if await session.metrics() is None:
+        return Outcome.skipped(_NO_METRICS)
+    for _ in range(_ATTEMPTS):
+        outcome = await _leave_a_stream(session)
+        if not outcome.look_again:
+            break
+    return outcome
+
+
+async def _leave_a_stream(session: Session) -> Outcome:
+    (question,) = session.many(1)
+    asked = {"messages": list(question.messages)} if question.messages else {}
+    tokens = min(_LONG_ANSWER, (session.max_model_len or _LONG_ANSWER) * 3 // 4)
+    running = await _most_running(session)
+    begun_at = perf_counter()
+    read = await session.endpoint.leave_stream(
+        session.model,
+        asked or {"prompt": question.prompt},
+        Sampling(tokens, ignore_eos=True),
+        after_tokens=_READ_TOKENS,
+    )
+    left_at = perf_counter()
+    # How long it would go on is not known exactly; half of the guess is soon enough to tell.
+    would_take_s = (tokens - read) * (left_at - begun_at) / max(read, 1)
+    patience_s = min(max(would_take_s / 2, _LEAST_PATIENCE_S), _PATIENCE_S)
+    freed = await _until(session, lambda now: now.requests_running <= running, patience_s)
+    freed_s = perf_counter() - left_at
+    fault = None
+    if not freed:
+        fault = Fault(f"{freed_s:.1f} s after its client had left, it was still written on", PROXY)
+    figures = {"tokens_read": read, "freed_s": rounded(freed_s, 2)}
+    return Outcome.of(fault, figures, look_again=fault is not None)
+
+
+async def _most_running(session: Session) -> int:
+    """How many requests of others run: the most of a few readings, for they come and go."""
+    readings = [await session.metrics() for _ in range(_READINGS)]
+    return max((one.requests_running for one in readings if one is not None), default=0)
+
+
+async def prefix_cache(session: Session) -> Outcome:
+    """Send a prompt of several blocks twice."""
+    first = await session.metrics()
+    if first is None or first.cache is None:
+        return Outcome.skipped(_NO_METRICS)
+    if not first.cache.prefix_caching:
+        return Outcome.skipped("prefix caching is off")
+    question = Question(long_prompt(first.cache.block_size, session.max_model_len))
+    reply = await session.ask_with(question, Sampling(1))
+    if (reply.prompt_tokens or 0) <= first.cache.block_size:
+        return Outcome.skipped("the longest sequence holds no prompt of a whole block")
+    before = await session.metrics() or first
+    await session.ask_with(question, Sampling(1))
+    found = await _until(session, lambda now: now.prefix_cache_hits > before.prefix_cache_hits)
+    after = await session.metrics() or before
+    hits = round(after.prefix_cache_hits - before.prefix_cache_hits)
+    fault = None
+    if not found:
+        fault = Fault(
+            f"none of its {reply.prompt_tokens} prompt tokens were found when it came again", LOGS
+        )
+    return Outcome.of(fault, {"prompt_tokens": reply.prompt_tokens, "hit_tokens": hits})
+
+
+async def _until(
+    session: Session, reached: Callable[[EngineMetrics], bool], patience_s: float = _PATIENCE_S
+) -> bool:
+    """Whether the engine's counts get there in time: they follow the answers."""
+    until = perf_counter() + patience_s
+    while perf_counter() < until:
+        now = await session.metrics()
+        if now is not None and reached(now):
+            return True
+        await asyncio.sleep(_TICK_S)
+    return False

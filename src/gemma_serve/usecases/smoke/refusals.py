@@ -1,0 +1,85 @@
+"""What must be refused: and the server lives on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gemma_serve.adapters.openai_api import RawReply
+from gemma_serve.planning.smoke.questions import too_long_prompt
+from gemma_serve.planning.smoke.verdicts import LOGS
+from gemma_serve.usecases.smoke.session import Outcome, Session
+
+_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
+_BAD_REQUEST = 400
+# FastAPI's own status for a body of the wrong form is 422; vLLM makes it 400.
+_MALFORMED = (_BAD_REQUEST, 415, 422)
+# Gemma 4's template takes turns in any order.
+_ANY_TURNS = re.compile(r"gemma-?4", re.IGNORECASE)
+_USER = {"role": "user", "content": "Hello!"}
+
+
+async def wrong_turns(session: Session) -> Outcome:
+    """Send two user turns in a row, and no turn at all."""
+    refusals: list[Sequence[Mapping[str, str]]] = [[]]
+    if not any(map(_ANY_TURNS.search, session.names)):
+        refusals.append([_USER, _USER])
+    status = 0
+    for messages in refusals:
+        reply = await session.endpoint.try_request("POST", _CHAT, _chat(session, messages))
+        status = reply.status
+        if status != _BAD_REQUEST:
+            turns = f"{len(messages)} user turns in a row" if messages else "a chat without turns"
+            return _not_refused(f"{turns} is answered", reply, "400")
+    return await _and_lives(session, {"status": status})
+
+
+async def prompt_too_long(session: Session) -> Outcome:
+    """Send more than the longest sequence holds."""
+    limit = session.max_model_len
+    if limit is None:
+        return Outcome.skipped("the server does not tell its longest sequence")
+    prompt = too_long_prompt(limit)
+    if "completion" in session.passed:
+        path, body = _COMPLETIONS, _completion(session, prompt)
+    else:
+        path, body = _CHAT, _chat(session, [{"role": "user", "content": prompt}])
+    reply = await session.endpoint.try_request("POST", path, body)
+    if reply.status != _BAD_REQUEST:
+        return _not_refused(f"a prompt of over {limit} tokens is answered", reply, "400")
+    return await _and_lives(session, {"status": reply.status, "max_model_len": limit})
+
+
+async def malformed_body(session: Session) -> Outcome:
+    """Send half a JSON object, a list, a word for a number, and no prompt."""
+    whole = json.dumps(_completion(session, "Hello"))
+    bodies: Mapping[str, bytes | Mapping[str, Any]] = {
+        "half a JSON object": whole[: len(whole) // 2].encode(),
+        "a list": b"[]",
+        "a word for max_tokens": {**_completion(session, "Hello"), "max_tokens": "many"},
+        "no prompt": {"model": session.model},
+    }
+    for what, body in bodies.items():
+        reply = await session.endpoint.try_request("POST", _COMPLETIONS, body)
+        if reply.status not in _MALFORMED:
+            return _not_refused(f"{what} is answered", reply, "400")
+    return await _and_lives(session, {"refused": list(bodies)})
+
+
+def _not_refused(what: str, reply: RawReply, wanted: str) -> Outcome:
+    return Outcome.failed(f"{what} with {reply.status}, not {wanted}", LOGS)
+
+
+async def _and_lives(session: Session, figures: Mapping[str, Any]) -> Outcome:
+    await session.lives_on()
+    return Outcome("passed", figures)
+
+
+def _completion(session: Session, prompt: str) -> dict[str, Any]:
+    return {"model": session.model, "prompt": prompt, "max_tokens": 1}
+
+
+def _chat(session: Session, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    return {"model": session.model, "messages": list(messages), "max_tokens": 1}
