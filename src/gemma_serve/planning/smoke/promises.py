@@ -97,7 +97,8 @@ PROMISES: Mapping[str, Promise] = {
     ),
     "first-token": Promise("The first token comes within --max-ttft", needs_one_of=_EITHER_STREAM),
     "throughput": Promise(
-        "Requests at once get --min-tokens-per-second in all", needs=("together",)
+        "Requests at once get --min-tokens-per-second in all",
+        needs_one_of=("together", *_EITHER_STREAM),
     ),
 }
 

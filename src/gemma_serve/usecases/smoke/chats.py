@@ -34,7 +34,8 @@ async def chat(session: Session) -> Outcome:
 
 async def chat_stream(session: Session) -> Outcome:
     """Ask the same question as a stream."""
-    return await stream_like_plain(session, session.questions.chat)
+    asked = session.questions
+    return await stream_like_plain(session, asked.chat, longer=asked.chat_count)
 
 
 async def chat_limits(session: Session) -> Outcome:

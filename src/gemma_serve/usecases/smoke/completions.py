@@ -35,11 +35,12 @@ async def completion(session: Session) -> Outcome:
 
 async def completion_stream(session: Session) -> Outcome:
     """Continue the same prompt as a stream."""
-    return await stream_like_plain(session, session.questions.completion)
+    asked = session.questions
+    return await stream_like_plain(session, asked.completion, longer=asked.count)
 
 
-async def stream_like_plain(session: Session, question: Question) -> Outcome:
-    """Ask plain and streamed, and once more for a longer stream."""
+async def stream_like_plain(session: Session, question: Question, *, longer: Question) -> Outcome:
+    """Ask plain and streamed, and for a stream that has a `longer` answer."""
     plain, streamed = await both(session, question)
     fault = judge_stream(streamed) or session.judge(streamed)
     if fault is None:
@@ -47,7 +48,7 @@ async def stream_like_plain(session: Session, question: Question) -> Outcome:
         fault = await session.unless_a_tie(differs, question, plain.text, streamed.text)
     if fault is None:
         session.tokens_per_second = pace(streamed)
-        fault = await _judge_spread(session, question, streamed)
+        fault = await _judge_spread(session, longer, streamed)
     return Outcome.of(fault, answer_figures(question, streamed))
 
 
@@ -82,7 +83,7 @@ async def ends_at_its_limit(session: Session, question: Question) -> Outcome:
     """The answer to `question` with few tokens is the beginning of the whole one."""
     limit = answer_tokens(question, session.max_model_len)
     few = min(FEW_TOKENS, limit)
-    whole = await session.ask(question)
+    whole = await plain_answer(session, question)
     sampling = Sampling(few, ignore_eos=True)
     short = await session.ask_with(question, sampling)
     streamed = await session.stream_with(question, sampling)
@@ -102,7 +103,7 @@ async def stop_sequence(session: Session) -> Outcome:
 
 async def stops_at_its_sequence(session: Session, question: Question) -> Outcome:
     """With a stop sequence, the answer to `question` ends before it, plain and streamed."""
-    whole = await session.ask(question)
+    whole = await plain_answer(session, question)
     stop = stop_string(whole.text)
     if stop is None:
         return Outcome(
@@ -140,7 +141,7 @@ async def utf_8(session: Session) -> Outcome:
         if error.kind != "status":
             raise
         return Outcome.skipped("the server takes no structured outputs")
-    natural, _ = await both(session, session.questions.completion)
+    natural = await plain_answer(session, session.questions.completion)
     if plain.text == natural.text:
         return Outcome.skipped("the server ignores structured outputs")
     streamed = await session.stream_with(question, sampling)
@@ -148,12 +149,21 @@ async def utf_8(session: Session) -> Outcome:
     return Outcome.of(fault, answer_figures(question, streamed))
 
 
+async def plain_answer(session: Session, question: Question) -> Answer:
+    """The whole answer to `question`, from an earlier check where there is one."""
+    for asked, reply in session.answered:
+        if asked == question and isinstance(reply, Answer):
+            return reply
+    return await session.ask(question)
+
+
 async def both(session: Session, question: Question) -> tuple[Answer, StreamedAnswer]:
     """The plain and the streamed answer to `question`, from an earlier check where there is one."""
-    answered = [reply for asked, reply in session.answered if asked == question]
-    plain = next((one for one in answered if isinstance(one, Answer)), None)
-    streamed = next((one for one in answered if isinstance(one, StreamedAnswer)), None)
-    return plain or await session.ask(question), streamed or await session.stream(question)
+    plain = await plain_answer(session, question)
+    for asked, reply in session.answered:
+        if asked == question and isinstance(reply, StreamedAnswer):
+            return plain, reply
+    return plain, await session.stream(question)
 
 
 async def _judge_spread(

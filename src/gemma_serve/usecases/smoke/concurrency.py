@@ -83,6 +83,8 @@ async def _staggered(session: Session, asked: Sequence[Question], tokens: int) -
     stagger_s = perf_counter() - started_at
     first, second = await _all([running, session.stream_on(asked[1], tokens)])
     busy_s = perf_counter() - started_at
+    if (first.completion_tokens or tokens) < tokens and first.finish_reason == "stop":
+        return Outcome.skipped("the server ignores ignore_eos: the first answer is over too soon")
     wrong = _first_fault(session, asked, (first, second))
     waited = None if wrong else judge_staggered(first, second)
     figures = {
