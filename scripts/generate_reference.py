@@ -1,5 +1,5 @@
 # ruff: noqa: E501  # the tables of the page are as wide as they are
-"""Write docs/configuration.md from the settings, and the table in docs/diagnosis.md from the failures.
+"""Write docs/configuration.md from the settings, and the tables of failures and smoke checks.
 
     python scripts/generate_reference.py [--check]
 
@@ -19,11 +19,14 @@ from gemma_serve.planning.failures import Failure, Kind, Remedy
 from gemma_serve.planning.phases import PHASE_TIMEOUTS_S
 from gemma_serve.planning.problem_topics import topic_of
 from gemma_serve.planning.settings import SETTINGS, Setting
+from gemma_serve.planning.smoke.promises import PROMISES, Promise
 
 DOCS = Path(__file__).parent.parent / "docs"
 SETTINGS_PAGE = DOCS / "configuration.md"
 FAILURES_PAGE = DOCS / "diagnosis.md"
+PROMISES_PAGE = DOCS / "smoke-test.md"
 BEGIN, END = "<!-- failures: begin -->\n", "<!-- failures: end -->\n"
+PROMISES_BEGIN, PROMISES_END = "<!-- promises: begin -->\n", "<!-- promises: end -->\n"
 HEAD = """\
 # Settings
 
@@ -152,6 +155,20 @@ def _failure_cells(failure: Failure) -> list[str]:
     return [f"`{failure.id}`", failure.title, failure.fixes[-1], seen, mended]
 
 
+def promises_page(page: str) -> str:
+    """The page of the smoke test with its table of checks written anew."""
+    head, _, rest = page.partition(PROMISES_BEGIN)
+    _, _, tail = rest.partition(PROMISES_END)
+    rows = "".join(_line([f"`{id}`", one.text, _needs(one)]) for id, one in PROMISES.items())
+    table = _line(["check", "what is promised", "tried after"]) + "|---|---|---|\n" + rows
+    return f"{head}{PROMISES_BEGIN}{table}{PROMISES_END}{tail}"
+
+
+def _needs(promise: Promise) -> str:
+    either = " or ".join(f"`{need}`" for need in promise.needs_one_of)
+    return ", ".join([*(f"`{need}`" for need in promise.needs), *([either] if either else [])])
+
+
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
@@ -163,6 +180,7 @@ def main() -> int:
     wanted = {
         SETTINGS_PAGE: settings_page(),
         FAILURES_PAGE: failures_page(FAILURES_PAGE.read_text()),
+        PROMISES_PAGE: promises_page(PROMISES_PAGE.read_text()),
     }
     stale = [page for page, text in wanted.items() if page.read_text() != text]
     if parser.parse_args().check:

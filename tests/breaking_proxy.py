@@ -312,7 +312,8 @@ def refused_for(ask: Ask, reply: Reply) -> str:
     said = reply.content.decode().lower()
     if "maximum context length" in said:
         return "prompt-too-long"
-    return "wrong-turns" if "must alternate" in said or "user turn" in said else "malformed-body"
+    turns = ("must alternate", "user turn", "empty conversation")
+    return "wrong-turns" if any(one in said for one in turns) else "malformed-body"
 
 
 # Broken: whether anybody is there, and who.
@@ -437,7 +438,9 @@ def _() -> Hooks:
     return for_generations(lambda _: _DEAD)
 
 
-@broken("generations-hang", "/health is 200, and no generation ends", "completion", check_timeout_s=2.0)
+@broken(
+    "generations-hang", "/health is 200, and no generation ends", "completion", check_timeout_s=2.0
+)
 def _() -> Hooks:
     async def ask(ask: Ask) -> Ask | Reply:
         return await _never() if ask.generates else ask
@@ -734,7 +737,9 @@ def _from_middle(after: Callable[[], Awaitable[Any]]) -> Any:
     return events
 
 
-@broken("hang-in-stream", "A stream stands still in its middle for ever", *_STREAMS, check_timeout_s=2.0)
+@broken(
+    "hang-in-stream", "A stream stands still in its middle for ever", *_STREAMS, check_timeout_s=2.0
+)
 def _() -> Hooks:
     return Hooks(events=_from_middle(_never))
 
@@ -1261,17 +1266,22 @@ def _places(count: int, *, streams_only: bool = False) -> Hooks:
     return Hooks(around=around)
 
 
-@broken("serial", "One request is answered at a time", *_AT_ONCE)
+@broken("serial", "One request is answered at a time", *_AT_ONCE, concurrency=2)
 def _() -> Hooks:
     return _places(1)
 
 
-@broken("serial-streams", "One stream is answered at a time", *_AT_ONCE)
+@broken("serial-streams", "One stream is answered at a time", "staggered")
 def _() -> Hooks:
     return _places(1, streams_only=True)
 
 
-@broken("two-at-a-time", "No more than two requests are answered at a time", "together")
+@broken(
+    "two-at-a-time",
+    "No more than two requests are answered at a time",
+    "together",
+    concurrency=3,
+)
 def _() -> Hooks:
     return _places(2)
 
@@ -1307,7 +1317,12 @@ def _() -> Hooks:
     return Hooks(around=around)
 
 
-@broken("refused-when-busy", "Of more than four requests at once, the others get 429", "together")
+@broken(
+    "refused-when-busy",
+    "Of more than two requests at once, the others get 429",
+    "together",
+    concurrency=3,
+)
 def _() -> Hooks:
     running = 0
 
@@ -1321,13 +1336,18 @@ def _() -> Hooks:
             running -= 1
 
     async def ask(ask: Ask) -> Ask | Reply:
-        busy = ask.generates and running > 4
+        busy = ask.generates and running > 2
         return error(429, "Too many requests", "RateLimitError") if busy else ask
 
     return Hooks(around=around, ask=ask)
 
 
-@broken("dies-when-busy", "The server ends when five requests are asked at once", "together")
+@broken(
+    "dies-when-busy",
+    "The server ends when three requests are asked at once",
+    "together",
+    concurrency=3,
+)
 def _() -> Hooks:
     running = 0
 
@@ -1335,7 +1355,7 @@ def _() -> Hooks:
     async def around(_: Ask) -> AsyncIterator[None]:
         nonlocal running
         running += 1
-        if running > 4:
+        if running > 2:
             raise DeathError
         try:
             yield
@@ -1345,7 +1365,7 @@ def _() -> Hooks:
     return Hooks(around=around)
 
 
-@broken("dies-in-time", "The server ends at its twelfth generation", "together")
+@broken("dies-in-time", "The server ends at its twelfth generation", "together", concurrency=4)
 def _() -> Hooks:
     asked = itertools.count(1)
 
@@ -1362,7 +1382,9 @@ def _question(ask: Ask) -> dict[str, Any]:
     return {name: ask.body.get(name)}
 
 
-@broken("crossed", "Of two requests at once, each gets the other's answer", "together")
+@broken(
+    "crossed", "Of two requests at once, each gets the other's answer", "together", concurrency=2
+)
 def _() -> Hooks:
     waiting: list[tuple[Ask, asyncio.Future[Ask]]] = []
 
@@ -1388,7 +1410,12 @@ def _() -> Hooks:
     return Hooks(ask=ask)
 
 
-@broken("events-crossed", "Of streams at once, one gets the text of another's events", "together")
+@broken(
+    "events-crossed",
+    "Of streams at once, one gets the text of another's events",
+    "together",
+    concurrency=2,
+)
 def _() -> Hooks:
     latest: dict[int, str] = {}
     ids = itertools.count()
@@ -1408,7 +1435,12 @@ def _() -> Hooks:
     return Hooks(events=events)
 
 
-@broken("one-starves", "Of many requests at once, one waits until the others ended", "together")
+@broken(
+    "one-starves",
+    "Of requests at once, the third waits until the others ended",
+    "together",
+    concurrency=3,
+)
 def _() -> Hooks:
     running: set[int] = set()
     starving: set[int] = set()
@@ -1421,7 +1453,7 @@ def _() -> Hooks:
             yield
             return
         me = next(ids)
-        if len(running) == 4 and not starving:
+        if len(running) == 2 and not starving:
             starving.add(me)
             async with ended:
                 await ended.wait_for(lambda: not running)
@@ -1437,7 +1469,12 @@ def _() -> Hooks:
     return Hooks(around=around)
 
 
-@broken("one-stands-still", "Of many streams at once, one stops after its first tokens", "together")
+@broken(
+    "one-stands-still",
+    "Of streams at once, the third stops after its first tokens",
+    "together",
+    concurrency=3,
+)
 def _() -> Hooks:
     running: set[int] = set()
     ended = asyncio.Condition()
@@ -1445,7 +1482,7 @@ def _() -> Hooks:
 
     async def events(_: Ask, events: Events) -> Events:
         me = next(ids)
-        last = len(running) == 4
+        last = len(running) == 2
         running.add(me)
         try:
             async for place, event in numbered(events):
@@ -1491,6 +1528,7 @@ def _() -> Hooks:
     "Tokens come at less than the pace that is wanted",
     "throughput",
     min_tokens_per_second=1000.0,
+    concurrency=2,
 )
 def _() -> Hooks:
     async def wire(_: Ask, chunks: Chunks) -> Chunks:

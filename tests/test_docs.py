@@ -38,7 +38,7 @@ def test_the_readme_shows_every_command_and_only_flags_that_exist():
     ours = {setting.flag for setting in SETTINGS}
     others = {"--config", "--json", "--format", "--smoke-test", "--once", "--url", "--debug"}
     others |= {"--for-gpu", "--engine-version", "--device", "--force", "--family", "--fits"}
-    others |= {"--detach", "--follow", "--orphans", "--auto-fix"}
+    others |= {"--detach", "--follow", "--orphans", "--auto-fix", "--junit", "--only"}
     shown = set(re.findall(r"gemma-serve [^\n`]*?(--[a-z-]+)", text))
     assert shown <= ours | others
 

@@ -76,7 +76,7 @@ def url():
 
 
 def test_models_and_health(url):
-    assert ask(url, lambda e: e.list_models()) == (ServedModel("demo", 128),)
+    assert ask(url, lambda e: e.list_models()) == (ServedModel("demo", 128, "fake"),)
     assert is_healthy(url)
 
 

@@ -22,6 +22,7 @@ from gemma_serve.planning.smoke.concurrency import (
 from gemma_serve.planning.smoke.language import judge_language
 from gemma_serve.planning.smoke.limits import (
     judge_beginning,
+    judge_count_at_limit,
     judge_history,
     judge_length,
     judge_plausible,
@@ -119,8 +120,8 @@ def test_the_tokens_asked_for_leave_room_for_the_question():
     assert len(long_prompt(128, 64).split()) == 2 + 32
     assert len(too_long_prompt(100).split()) > 100
     paces = (None, 10.0, 100.0, 5000.0)
-    assert [staggered_tokens(pace, None, attempt=0) for pace in paces] == [64, 64, 300, 512]
-    assert [staggered_tokens(25.0, None, attempt=attempt) for attempt in range(3)] == [75, 300, 512]
+    assert [staggered_tokens(pace, None, attempt=0) for pace in paces] == [64, 64, 120, 512]
+    assert [staggered_tokens(25.0, None, attempt=attempt) for attempt in range(3)] == [64, 256, 512]
     assert staggered_tokens(5000.0, 256, attempt=1) == 128
 
 
@@ -163,9 +164,16 @@ def test_models(served, wanted, reason):
     ],
 )
 def test_language(text, reason):
-    fault = judge_language(Reply(text))
+    fault = judge_language(Reply(text), is_chat=False)
     assert (fault is None) == (reason is None)
     assert fault is None or reason in fault.reason
+
+
+def test_a_phrase_over_and_over_is_a_loop_only_where_the_model_was_taught_to_chat():
+    looped = Reply("of the sea and " * 12)
+    assert judge_language(looped, is_chat=False) is None
+    said = "the answer repeats 'of the sea and' over and over"
+    assert judge_language(looped, is_chat=True).reason == said
 
 
 @pytest.mark.parametrize(
@@ -229,6 +237,11 @@ def test_counts_that_cannot_be():
     assert other.reason == "completion_tokens is 4 streamed, but 3 in the plain answer"
     assert judge_plausible(Reply(), "Hello", 5) is None
     assert "tokenizer counts 4" in judge_plausible(Reply(), "Hello", 4).reason
+    assert judge_count_at_limit(Reply(completion_tokens=5, finish_reason="length"), 5) is None
+    assert judge_count_at_limit(Reply(completion_tokens=4), 5) is None
+    assert judge_count_at_limit(Reply(completion_tokens=8, finish_reason="length"), 5).reason == (
+        "completion_tokens is 8 for an answer that ended at 5"
+    )
     assert judge_plausible(Reply(prompt_tokens=69), "Hello", None) is None
     assert judge_plausible(Reply(prompt_tokens=70), "Hello", None).reason == (
         "prompt_tokens is 70 for 'Hello'"

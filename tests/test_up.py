@@ -7,6 +7,7 @@ import signal
 import socket
 from pathlib import Path
 
+import junitparser
 import psutil
 import pytest
 
@@ -71,20 +72,26 @@ def ask(environ, monkeypatch, capsys):
     return run
 
 
-def test_once_with_the_smoke_test_serves_tests_and_leaves_nothing(up, environ):
-    program = up("--smoke-test", "--once")
+def test_once_with_the_smoke_test_serves_tests_and_leaves_nothing(up, environ, tmp_path):
+    junit, page = tmp_path / "out.xml", tmp_path / "out.html"
+    junit.write_text("of an earlier run")
+    reports = ("--junit", str(junit), "--html", str(page))
+    program = up("--smoke-test", "--once", "--max-num-seqs", "4", *reports)
     assert program.exit_code() == 0
     out, err = text(program.out), text(program.err)
     assert "ready after" in out
     assert "curl http://127.0.0.1:" in out
     assert "The capital of France is Paris." in out
-    assert "the endpoint keeps its promises: 9 passed" in out
+    assert "the endpoint keeps its promises: 22 passed, 5 skipped" in out
+    assert "together           4 of 4 at once" in out  # as many as the engine takes
+    assert junitparser.JUnitXml.fromfile(str(junit)).tests == 27
+    assert "The endpoint keeps its promises" in page.read_text()
     assert "nothing of the engine is left" in err
     assert how(environ) == ("stopped", None)
 
 
 def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
-    program = up("--smoke-test", "--once", "--json")
+    program = up("--smoke-test", "--once", "--json", "--concurrency", "2")
     assert program.exit_code() == 0
     assert program.err == []
     *events, last = program.json_lines
@@ -102,7 +109,7 @@ def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
         "first token",
     ]  # fmt: skip
     assert names.count("ready") == 1
-    assert names.count("smoke_check") == 9
+    assert names.count("smoke_check") == 27
     assert {key: last[key] for key in ("schema", "command", "ok", "problems")} == {
         "schema": 1,
         "command": "up",
@@ -114,13 +121,31 @@ def test_json_lines_tell_what_happens_and_end_with_the_envelope(up):
     }  # fmt: skip
     assert last["data"]["name"] == "demo"
     assert [phase["phase"] for phase in last["data"]["phases"]] == phases
-    assert {check["status"] for check in last["data"]["smoke_test"]["checks"]} == {"passed"}
+    checks = {check["id"]: check for check in last["data"]["smoke_test"]["checks"]}
+    assert {check["status"] for check in checks.values()} == {"passed", "skipped"}
+    assert checks["together"]["figures"]["concurrency"] == 2
 
 
 def test_a_failed_smoke_test_is_exit_1(up):
     program = up("--smoke-test", "--once", answer="<pad>")
     assert program.exit_code() == 1
     assert "the endpoint breaks its promises" in text(program.out)
+
+
+def test_a_start_that_fails_is_in_the_junit_report_too(up, tmp_path):
+    junit = tmp_path / "out.xml"
+    program = up("--smoke-test", "--once", "--junit", str(junit), die_in_phase="weights")
+    assert program.exit_code() == 3
+    (suite,) = junitparser.JUnitXml.fromfile(str(junit))
+    ((error,),) = (case.result for case in suite)
+    assert (suite.errors, error.type) == (1, "engine.died")
+    assert f"error: {error.message}" in text(program.err)
+
+
+def test_reports_are_of_the_smoke_test(up, tmp_path):
+    program = up("--once", "--junit", str(tmp_path / "out.xml"))
+    assert program.exit_code() == 2
+    assert "hint: add --smoke-test" in text(program.err)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -250,7 +275,8 @@ def test_the_key_goes_to_the_engine_by_environment_and_nowhere_else(up, environ,
     assert leader.environ()["VLLM_API_KEY"] == key
     assert "GEMMA_SERVE_API_KEY" not in leader.environ()
     assert not any(key in part for part in leader.cmdline())
-    with Program("smoke-test", environ={**environ, "GEMMA_SERVE_API_KEY": key}) as smoke:
+    command = ("smoke-test", "--only", "authenticated,chat")
+    with Program(*command, environ={**environ, "GEMMA_SERVE_API_KEY": key}) as smoke:
         assert smoke.exit_code() == 0
         assert key not in text(smoke.out + smoke.err)
     code, answer = ask("smoke-test")
@@ -340,9 +366,8 @@ def test_what_nohup_lets_us_ignore_is_ignored(up, environ):
 def test_smoke_test_finds_what_up_started(up, ask):
     program = up("--served-model-name", "demo")
     program.wait_for("ready after", "out")
-    code, answer = ask("smoke-test")
+    code, answer = ask("smoke-test", "--only", "models")
     assert code == 0
-    assert set(answer["data"]) == {"url", "model", "checks"}
     assert answer["data"]["model"] == "demo"
 
 
@@ -369,10 +394,10 @@ def test_a_second_of_the_name_is_pointed_to_restart(up, environ):
 
 
 def test_a_detached_one_runs_on_and_is_asked_restarted_and_stopped(up, environ, ask, capsys):
-    program = up("--detach", "--smoke-test")
+    program = up("--detach", "--smoke-test", "--concurrency", "1")
     assert program.exit_code(detached=True) == 0
     assert "ready after" in text(program.out)
-    assert "the endpoint keeps its promises: 9 passed" in text(program.out)
+    assert "the endpoint keeps its promises: 20 passed, 7 skipped" in text(program.out)
     assert "demo runs in the background" in text(program.err)
     record = deployment_folder("demo", environ).load()
     assert (record.state, record.detached, record.restart) == ("ready", True, "on-failure")

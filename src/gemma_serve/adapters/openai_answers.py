@@ -151,6 +151,7 @@ class StreamParts:
                 f"the server broke off its stream with an error: {said}",
                 kind="status",
                 server_message=said,
+                hint="the engine's log says why; `gemma-serve diagnose` reads it",
             )
         if value.get("usage"):
             self._usage = usage(value)

@@ -94,7 +94,9 @@ class Endpoint:
         self._url = url
         self._api_key = api_key
         self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(**_client_options(url, api_key, timeout_s))
+        # A connection that the server is about to close must not count as a broken answer.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(**_client_options(url, api_key, timeout_s), limits=limits)
 
     async def __aenter__(self) -> Self:
         return self
@@ -356,7 +358,9 @@ def _our_errors(url: str, timeout_s: float, api_key: str | None) -> Iterator[Non
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError) as error:
         # UnicodeDecodeError is a ValueError: a stream that is not UTF-8.
         message = f"what {url} sent can't be read: {shorten(str(error))}"
-        raise EndpointError(message, kind="invalid") from None
+        raise EndpointError(
+            message, kind="invalid", hint="what stands in between, a proxy perhaps, may garble it"
+        ) from None
 
 
 def _raise_for_status(response: httpx.Response, path: str) -> None:
@@ -366,13 +370,22 @@ def _raise_for_status(response: httpx.Response, path: str) -> None:
         said = server_message(json_object(response.text))
     except EndpointError:
         said = shorten(response.text)
-    hint = ""
-    if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        hint = "set GEMMA_SERVE_API_KEY to the server's key, or name its file with --api-key-file"
     raise EndpointError(
         f"{path} answered {response.status_code}" + (f": {said}" if said else ""),
         kind="status",
         status=response.status_code,
         server_message=said,
-        hint=hint,
+        hint=_status_hint(response.status_code),
     )
+
+
+def _status_hint(status: int) -> str:
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        return "set GEMMA_SERVE_API_KEY to the server's key, or name its file with --api-key-file"
+    if status == httpx.codes.NOT_FOUND:
+        return "is this vLLM's OpenAI server, and the URL its own, such as http://127.0.0.1:8000?"
+    if status == httpx.codes.TOO_MANY_REQUESTS:
+        return "a gateway in between limits requests: ask the server itself, or fewer at once"
+    if status >= httpx.codes.INTERNAL_SERVER_ERROR:
+        return "the engine's log says why; `gemma-serve diagnose` reads it"
+    return ""

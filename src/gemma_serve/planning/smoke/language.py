@@ -14,12 +14,14 @@ _CONTROL_TOKEN = re.compile(
 )
 # Of one character a few say enough; of words more: a poem may say one four times.
 _REPEATED_CHARS = 4
+# A healthy base model may fall into repeating a sentence, one that was taught to chat does not.
 _LOOPED_WORDS = re.compile(r"(?P<unit>\S{1,40}(?:\s+\S{1,40}){0,2}?)(?:\s+(?P=unit)){7,}")
+_LOOPED_PHRASE = re.compile(r"(?P<unit>\S{1,40}(?:\s+\S{1,40}){0,7}?)(?:\s+(?P=unit)){5,}")
 _LOOPED_CHARS = re.compile(r"(?P<unit>.{1,8}?)(?P=unit){15,}", re.DOTALL)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def judge_language(reply: Reply) -> Fault | None:
+def judge_language(reply: Reply, *, is_chat: bool) -> Fault | None:
     """The answer is text that a person could read."""
     text = reply.text
     if not text.strip():
@@ -32,7 +34,8 @@ def judge_language(reply: Reply) -> Fault | None:
         return Fault(f"the special token {found[0]} stands in the answer {head(text)!r}", hint)
     if len(visible) >= _REPEATED_CHARS and len(set(visible)) == 1:
         return Fault(f"the answer is one character over and over: {head(text)!r}", GARBAGE)
-    if found := _LOOPED_WORDS.search(text) or _LOOPED_CHARS.search(text):
+    looped = (_LOOPED_PHRASE if is_chat else _LOOPED_WORDS).search(text)
+    if found := looped or _LOOPED_CHARS.search(text):
         return Fault(f"the answer repeats {found['unit']!r} over and over", GARBAGE)
     if _REPLACEMENT in text.rstrip(_REPLACEMENT):
         return Fault(f"characters are lost in the answer: {head(text)!r}", GARBAGE)

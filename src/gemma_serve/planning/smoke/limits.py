@@ -51,6 +51,16 @@ def judge_plausible(reply: Reply, prompt: str, tokenized: int | None) -> Fault |
     return None
 
 
+def judge_count_at_limit(reply: Reply, limit: int) -> Fault | None:
+    """An answer that ended at its limit is counted as having that many tokens."""
+    if reply.finish_reason != "length" or reply.completion_tokens == limit:
+        return None
+    return Fault(
+        f"completion_tokens is {reply.completion_tokens} for an answer that ended at {limit}",
+        _MISCOUNT,
+    )
+
+
 def judge_length(reply: Reply, limit: int, *, ends_by_itself: bool) -> Fault | None:
     """The answer has at most `limit` tokens and says rightly why it ended.
 

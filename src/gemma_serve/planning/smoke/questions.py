@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gemma_serve.errors import GemmaServeError
 
 DEMO_MODEL = "demo"
-STAGGER_S = 0.5
+STAGGER_S = 0.3
 TOGETHER_TOKENS = 64
 FEW_TOKENS = 5
 # What the model is made to write to see whether characters of two, three and four bytes arrive.
@@ -19,8 +19,8 @@ BEYOND_ASCII = "café, Zürich, 東京, 🌍"
 _ANSWER_TOKENS = 64
 _KNOWN_ANSWER_TOKENS = 256
 _STAGGERED_TOKENS = (64, 512)
-# The first of the two staggered requests is to run for six times the stagger, by the pace so far.
-_STAGGERED_S = 6 * STAGGER_S
+# The first of the two staggered requests is to run for four times the stagger, by the pace so far.
+_STAGGERED_S = 4 * STAGGER_S
 _PROMPT_BLOCKS = 3
 _WORD = "a "  # one token in every tokenizer of Gemma
 
@@ -103,7 +103,6 @@ class Questions:
 
     completion: Question
     count: Question
-    open_ended: Question
     chat: Question
     chat_count: Question
     second_turn: Question
@@ -124,7 +123,6 @@ def questions(answers: Answers, *, known: bool) -> Questions:
     return Questions(
         completion=completion("capital-of-france"),
         count=completion("count"),
-        open_ended=completion("once-upon-a-time"),
         chat=chat("capital-of-france"),
         chat_count=chat("count-to-ten"),
         second_turn=chat("second-fun-fact"),

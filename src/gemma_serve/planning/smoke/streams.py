@@ -51,20 +51,27 @@ def judge_same(plain: Reply, streamed: Reply) -> Fault | None:
 def judge_spread(short: StreamedReply, long: StreamedReply) -> Fault | None:
     """The events came while the answer was written, not all when it was whole.
 
-    How long the writing takes is what a `long` answer takes longer than a `short` one: a slow
-    first token delays both. Where that can't be told apart, there is nothing to judge.
+    Where `writing_s` can't tell how long the writing took, there is nothing to judge.
     """
-    tokens = (long.completion_tokens or 0) - (short.completion_tokens or 0)
-    writing_s = long.duration_s - short.duration_s
-    if tokens < _FEW_TOKENS or writing_s <= 0:
-        return None
-    if spread_s(long) < _LEAST_SPREAD * writing_s:
+    took_s = writing_s(short, long)
+    if took_s is not None and spread_s(long) < _LEAST_SPREAD * took_s:
         return Fault(
             f"{long.completion_tokens} tokens came within {spread_s(long):.3f} s, at the end of "
             f"the {long.duration_s:.3f} s that the answer took",
             _GATHERED,
         )
     return None
+
+
+def writing_s(short: StreamedReply, long: StreamedReply) -> float | None:
+    """Seconds that the writing of the `long` answer took, without the wait for its beginning.
+
+    That is what it takes longer than a `short` one: a slow first token delays both. None where
+    they can't be told apart, as when the short one had to wait.
+    """
+    tokens = (long.completion_tokens or 0) - (short.completion_tokens or 0)
+    seconds = long.duration_s - short.duration_s
+    return seconds if tokens >= _FEW_TOKENS and seconds > 0 else None
 
 
 def spread_s(streamed: StreamedReply) -> float:

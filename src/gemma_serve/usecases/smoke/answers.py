@@ -8,10 +8,11 @@ from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures
 
 
 async def language(session: Session) -> Outcome:
-    """Look at every whole answer so far, and at one to an open question."""
-    await _ask_openly(session)
+    """Look at every whole answer so far."""
+    if not session.answered:
+        await session.ask(session.either(session.questions.chat, session.questions.completion))
     for question, reply in session.answered:
-        if fault := judge_language(reply):
+        if fault := judge_language(reply, is_chat=bool(question.messages)):
             return Outcome.of(fault, answer_figures(question, reply))
     tokens = sum(reply.completion_tokens or 0 for _, reply in session.answered)
     return Outcome("passed", {"answers_read": len(session.answered), "tokens": tokens})
@@ -19,10 +20,6 @@ async def language(session: Session) -> Outcome:
 
 async def known_answers(session: Session) -> Outcome:
     """Compare every answer whose right one is known."""
-    if "chat" in session.passed:
-        await session.ask(session.questions.chat)
-    if "completion" in session.passed:
-        await session.ask(session.questions.completion)
     known = [pair for pair in session.answered if pair[0].known is not None or pair[0].holds]
     for question, reply in known:
         if fault := judge_known(reply, question):
@@ -30,8 +27,3 @@ async def known_answers(session: Session) -> Outcome:
     if not known:
         return Outcome.skipped("what this model should answer is not known")
     return Outcome("passed", {"answers_read": len(known)})
-
-
-async def _ask_openly(session: Session) -> None:
-    asked = session.questions
-    await session.ask(session.either(asked.many[-1], asked.open_ended))

@@ -26,7 +26,8 @@ async def chat(session: Session) -> Outcome:
         if "chat template" not in error.server_message.lower():
             raise
         if session.model == DEMO_MODEL or session.is_taught_to_chat:
-            raise  # made to chat, and deployed without its template
+            hint = "it was made to chat: give its template with `--chat-template`"
+            return Outcome.failed(str(error), hint)
         hint = "to chat, serve an instruction-tuned model: their names end in -it"
         return Outcome.skipped("a base model: it has no chat template", hint)
     return Outcome.of(session.judge(reply), answer_figures(question, reply))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gemma_serve.adapters.openai_api import Answer, EndpointError, Sampling, StreamedAnswer
 from gemma_serve.planning.smoke.limits import (
     judge_beginning,
+    judge_count_at_limit,
     judge_length,
     judge_plausible,
     judge_same_counts,
@@ -19,7 +20,7 @@ from gemma_serve.planning.smoke.questions import (
     answer_tokens,
     together_tokens,
 )
-from gemma_serve.planning.smoke.streams import judge_same, judge_spread, judge_stream
+from gemma_serve.planning.smoke.streams import judge_same, judge_spread, judge_stream, writing_s
 from gemma_serve.planning.smoke.verdicts import LOGS, PROXY, Fault, where_they_part
 from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures, pace
 
@@ -48,7 +49,7 @@ async def stream_like_plain(session: Session, question: Question, *, longer: Que
         fault = await session.unless_a_tie(differs, question, plain.text, streamed.text)
     if fault is None:
         session.tokens_per_second = pace(streamed)
-        fault = await _judge_spread(session, longer, streamed)
+        fault = await _judge_spread(session, question, longer, streamed)
     return Outcome.of(fault, answer_figures(question, streamed))
 
 
@@ -57,10 +58,13 @@ async def usage(session: Session) -> Outcome:
     question = session.questions.completion
     plain, streamed = await both(session, question)
     tokenized = await session.endpoint.count_tokens(session.model, question.prompt)
+    few = min(FEW_TOKENS, answer_tokens(question, session.max_model_len))
+    short = await session.ask_with(question, Sampling(few, ignore_eos=True))
     fault = (
         judge_usage(plain, "plain")
         or judge_usage(streamed, "streamed")
         or judge_plausible(plain, question.prompt, tokenized)
+        or judge_count_at_limit(short, few)
     )
     if fault is None:
         differs = judge_same_counts(plain, streamed)
@@ -121,8 +125,8 @@ async def stops_at_its_sequence(session: Session, question: Question) -> Outcome
 
 async def greedy(session: Session) -> Outcome:
     """Ask the same thing twice."""
-    question = session.questions.open_ended
-    first, second = await session.ask(question), await session.ask(question)
+    question = session.questions.completion
+    first, second = await plain_answer(session, question), await session.ask(question)
     fault = None
     if first.text != second.text:
         found, before = where_they_part(second.text, first.text)
@@ -167,16 +171,20 @@ async def both(session: Session, question: Question) -> tuple[Answer, StreamedAn
 
 
 async def _judge_spread(
-    session: Session, question: Question, short: StreamedAnswer
+    session: Session, question: Question, longer: Question, short: StreamedAnswer
 ) -> Fault | None:
     """Whether tokens come as they are written: a busy client needs more of them to tell."""
     fault = None
     for attempt in range(_ATTEMPTS):
         tokens = together_tokens(session.max_model_len, attempt=2 * attempt)
-        long = await session.stream_on(question, tokens)
-        fault = judge_stream(long) or judge_spread(short, long)
-        if fault is None:
+        long = await session.stream_on(longer, tokens)
+        if fault := judge_stream(long):
+            return fault
+        told = writing_s(short, long) is not None
+        fault = judge_spread(short, long)
+        if told and fault is None:
             break
+        short = await session.stream(question)
     return fault
 
 

@@ -113,10 +113,8 @@ async def _alone_and_together(session: Session, asked: Sequence[Question], token
         replies = await _all([session.stream_on(question, tokens) for question in asked])
         together_s = perf_counter() - started_at
     load = _most_of(loads)
-    wrong = (
-        _first_fault(session, asked, replies)
-        or judge_own_answers(alone, replies)
-        or await _judge_parted(session, asked, alone, replies)
+    wrong = _first_fault(session, asked, replies) or await _judge_parted(
+        session, asked, alone, replies
     )
     waited = None if wrong else judge_together(replies, load)
     joint = joint_figures(asked, replies, together_s)
@@ -170,16 +168,16 @@ async def _judge_parted(
     together: Sequence[StreamedAnswer],
 ) -> Fault | None:
     """Whether the answers that read otherwise than alone do so only for their arithmetic."""
-    for index in parted(alone, together):
+    others = parted(alone, together)
+    asking = (session.margins(asked[i], together[i].completion_tokens or 1) for i in others)
+    for index, tokens in zip(others, await asyncio.gather(*asking), strict=True):
         question, text = asked[index], together[index].text
-        tokens = await session.margins(question, together[index].completion_tokens or 1)
         if not tokens:
-            return judge_beginnings(alone, together)
+            return judge_own_answers(alone, together) or judge_beginnings(alone, together)
         if not parts_at_a_tie(text, tokens):
             found, wanted = where_they_part(text, alone[index].text)
-            return Fault(
-                f"to {question.prompt!r}: {found!r} among others, but {wanted!r} alone", LOGS
-            )
+            said = f"to {question.prompt!r}: {found!r} among others, but {wanted!r} alone"
+            return judge_own_answers(alone, together) or Fault(said, LOGS)
     return None
 
 

@@ -26,18 +26,19 @@ async def cancelled_stream(session: Session) -> Outcome:
     """Begin a long stream, leave it, and see how soon the engine has one request less."""
     if await session.metrics() is None:
         return Outcome.skipped(_NO_METRICS)
+    # Before the first stream: one that is not given up still runs when the next one is tried.
+    running = await _most_running(session)
     for _ in range(_ATTEMPTS):
-        outcome = await _leave_a_stream(session)
+        outcome = await _leave_a_stream(session, running)
         if not outcome.look_again:
             break
     return outcome
 
 
-async def _leave_a_stream(session: Session) -> Outcome:
+async def _leave_a_stream(session: Session, running: int) -> Outcome:
     (question,) = session.many(1)
     asked = {"messages": list(question.messages)} if question.messages else {}
     tokens = min(_LONG_ANSWER, (session.max_model_len or _LONG_ANSWER) * 3 // 4)
-    running = await _most_running(session)
     begun_at = perf_counter()
     read = await session.endpoint.leave_stream(
         session.model,
