@@ -102,7 +102,7 @@ def test_a_good_endpoint_keeps_every_promise():
     assert (figures["concurrency"], figures["tokens"]) == (8, 8 * 64)
     for group in ("answers", "alone"):
         assert [len(stream["token_times_s"]) for stream in figures[group]] == [64] * 8
-    assert all(check.duration_s > 0 for check in passed.values())
+    assert all(check.duration_s > 0 for id, check in passed.items() if "ttft_s" in FIGURES[id])
     assert report.started_at > 1e9
     assert report.duration_s >= sum(check.duration_s for check in report.checks)
 
@@ -213,6 +213,7 @@ def test_the_wrong_model_is_found_and_nothing_more_is_asked():
         "`models` failed",
         "none passed of `completion`, `chat`",
         "none passed of `completion-stream`, `chat-stream`",
+        "none passed of `together`, `completion-stream`, `chat-stream`",
     }
 
 
@@ -258,7 +259,7 @@ def test_the_whole_test_has_an_end():
 def test_a_death_on_the_way():
     with serving({"die_after_requests": 6}) as url:
         report = smoke(url)
-    cut, gone = by_status(report, "failed")
+    cut, *_, gone = by_status(report, "failed")  # whoever dies may still take a connection
     assert reasons(report, "failed")[cut].startswith(f"{url} closed the connection")
     assert reasons(report, "failed")[gone].startswith(f"cannot reach {url}")
     said = f"the endpoint could not be reached any more since `{gone}`"

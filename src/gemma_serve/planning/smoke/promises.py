@@ -11,16 +11,19 @@ class Promise:
     """One promise of an endpoint.
 
     It is tried only after all the checks that it `needs` have passed, and after one of
-    `needs_one_of` has, where there are any.
+    `needs_one_of` has, where there are any. It would say nothing new after one of
+    `pointless_after` failed.
     """
 
     text: str
     needs: tuple[str, ...] = ()
     needs_one_of: tuple[str, ...] = ()
+    pointless_after: tuple[str, ...] = ()
 
 
 _EITHER = ("completion", "chat")
 _EITHER_STREAM = ("completion-stream", "chat-stream")
+_WRONG_ANSWERS = ("language", "known-answers")
 
 # In the order in which they run: what a check needs comes before it.
 PROMISES: Mapping[str, Promise] = {
@@ -63,8 +66,22 @@ PROMISES: Mapping[str, Promise] = {
     "chat-limits": Promise(
         "A chat, too, ends at max_tokens and at a stop sequence", needs=("chat", "chat-stream")
     ),
-    "chat-multi-turn": Promise("A chat takes its earlier turns into account", needs=("chat",)),
-    "chat-system": Promise("A system message is accepted and reaches the model", needs=("chat",)),
+    "language": Promise(
+        "Answers are language: not empty, no special tokens, no loop", needs_one_of=_EITHER
+    ),
+    "known-answers": Promise(
+        "Answers that are known are right", needs_one_of=_EITHER, pointless_after=("language",)
+    ),
+    "chat-multi-turn": Promise(
+        "A chat takes its earlier turns into account",
+        needs=("chat",),
+        pointless_after=_WRONG_ANSWERS,
+    ),
+    "chat-system": Promise(
+        "A system message is accepted and reaches the model",
+        needs=("chat",),
+        pointless_after=_WRONG_ANSWERS,
+    ),
     "wrong-turns": Promise(
         "Turns that do not alternate are refused with 400, and the server lives on",
         needs=("chat",),
@@ -77,16 +94,15 @@ PROMISES: Mapping[str, Promise] = {
         "A body that is no request is refused with 4xx, and the server lives on",
         needs_one_of=_EITHER,
     ),
-    "language": Promise(
-        "Answers are language: not empty, no special tokens, no loop", needs_one_of=_EITHER
-    ),
-    "known-answers": Promise("Answers that are known are right", needs_one_of=_EITHER),
     "staggered": Promise(
-        "A second request is answered while the first still runs", needs_one_of=_EITHER_STREAM
+        "A second request is answered while the first still runs",
+        needs_one_of=_EITHER_STREAM,
+        pointless_after=_WRONG_ANSWERS,
     ),
     "together": Promise(
         "Requests at once are answered together, each with its own answer",
         needs_one_of=_EITHER_STREAM,
+        pointless_after=_WRONG_ANSWERS,
     ),
     "cancelled-stream": Promise(
         "A stream that its client leaves frees its place", needs_one_of=_EITHER_STREAM

@@ -151,6 +151,9 @@ def _unmet(id: str, session: Session, results: Mapping[str, CheckResult]) -> str
             return result.reason
         if result.status == "failed":
             return f"`{need}` failed"
+    for before in promise.pointless_after:
+        if before in results and results[before].status == "failed":
+            return f"`{before}` failed"
     either = promise.needs_one_of
     if either and not any(need in session.passed for need in either):
         return "none passed of " + ", ".join(f"`{need}`" for need in either)
