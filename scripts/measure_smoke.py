@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Run the smoke test again and again against an endpoint, and say how often and how fast it passed.
 
-    python scripts/measure_smoke.py --url http://127.0.0.1:8000 [--runs 50] [--load N] [--out FILE]
+    python scripts/measure_smoke.py --url http://127.0.0.1:8000 [--runs 50] [--load N] [--out FILE] \\
+        [--skip IDS]
 
 With --load, N streams of other answers are in flight all the time. Prints a table of the checks,
 each failed check with its reason, and writes what was measured as JSON into FILE. Exits 1 unless
@@ -147,9 +148,9 @@ def known_questions() -> list[tuple[str, dict[str, Any]]]:
     return [*prompts, *chats]
 
 
-def smoke_test(url: str) -> Run:
-    """Run `gemma-serve smoke-test` once."""
-    command = [sys.executable, "-m", "gemma_serve", "smoke-test", "--url", url, "--json"]
+def smoke_test(url: str, more: Sequence[str]) -> Run:
+    """Run `gemma-serve smoke-test` once, with `more` flags."""
+    command = [sys.executable, "-m", "gemma_serve", "smoke-test", "--url", url, "--json", *more]
     begun = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     seconds = time.perf_counter() - begun
@@ -182,11 +183,11 @@ def _row(name: str, counts: Sequence[int], seconds: Sequence[float]) -> str:
     return f"| {' | '.join([name, *map(str, counts), *times])} |"
 
 
-def measure(url: str, count: int) -> list[Run]:
+def measure(url: str, count: int, more: Sequence[str]) -> list[Run]:
     """Run the smoke test `count` times in a row, and say on standard error how each went."""
     runs = []
     for number in range(1, count + 1):
-        run = smoke_test(url)
+        run = smoke_test(url, more)
         verdict = "failed" if run.failures else "passed"
         print(f"run {number} of {count}: {verdict} in {run.seconds:.1f} s", file=sys.stderr)
         for failure in run.failures:
@@ -195,7 +196,9 @@ def measure(url: str, count: int) -> list[Run]:
     return runs
 
 
-def measure_under_load(url: str, count: int, streams: int) -> tuple[list[Run], dict[str, Any]]:
+def measure_under_load(
+    url: str, count: int, more: Sequence[str], streams: int
+) -> tuple[list[Run], dict[str, Any]]:
     """The same while `streams` other streams are in flight; also what those did.
 
     Raises httpx.HTTPError where the endpoint doesn't list its model.
@@ -207,7 +210,7 @@ def measure_under_load(url: str, count: int, streams: int) -> tuple[list[Run], d
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         begun = time.perf_counter()
         with Load(client, model, streams) as load:
-            runs = measure(url, count)
+            runs = measure(url, count, more)
         seconds = time.perf_counter() - begun
     return runs, {
         "streams": streams,
@@ -233,13 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--load", type=int, default=0, metavar="N", help="streams in flight")
     parser.add_argument("--out", type=Path, metavar="FILE", help="for the raw figures, as JSON")
+    parser.add_argument("--skip", metavar="IDS", help="checks to leave out")
     options = parser.parse_args(argv)
+    more = ["--skip", options.skip] if options.skip else []
     load: dict[str, Any] | None = None
     if not options.load:
-        runs = measure(options.url, options.runs)
+        runs = measure(options.url, options.runs, more)
     else:
         try:
-            runs, load = measure_under_load(options.url, options.runs, options.load)
+            runs, load = measure_under_load(options.url, options.runs, more, options.load)
         except httpx.HTTPError as problem:
             print(f"cannot load {options.url}: {problem}", file=sys.stderr)
             return 1
