@@ -92,6 +92,10 @@ class Question:
         """The same words as a prompt to continue, for a model that can't chat."""
         return Question(self.prompt)
 
+    def is_as(self, other: Question) -> bool:
+        """Whether both ask the same, whatever is known of the answer."""
+        return (self.prompt, self.messages) == (other.prompt, other.messages)
+
     def last_turn_alone(self) -> Question:
         """The last message without those before it."""
         return Question(self.prompt, self.messages[-1:])

@@ -9,6 +9,7 @@ from gemma_serve.planning.smoke.streams import judge_stream
 from gemma_serve.planning.smoke.verdicts import judge_known
 from gemma_serve.usecases.smoke.completions import (
     ends_at_its_limit,
+    plain_answer,
     stops_at_its_sequence,
     stream_like_plain,
 )
@@ -74,7 +75,7 @@ async def chat_system(session: Session) -> Outcome:
             "the templates of Gemma 1 and 2 take none: serve with gemma-serve's own, "
             "which `gemma-serve up` does by itself",
         )
-    alone = await session.ask(question.last_turn_alone())
+    alone = await plain_answer(session, question.last_turn_alone())
     fault = (
         session.judge(reply, alone) or judge_known(reply, question) or judge_system(reply, alone)
     )

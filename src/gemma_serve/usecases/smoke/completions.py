@@ -25,6 +25,7 @@ from gemma_serve.planning.smoke.verdicts import LOGS, PROXY, Fault, where_they_p
 from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures, pace
 
 _ATTEMPTS = 3
+_LONG_TOKENS = 32
 
 
 async def completion(session: Session) -> Outcome:
@@ -49,7 +50,7 @@ async def stream_like_plain(session: Session, question: Question, *, longer: Que
         fault = await session.unless_a_tie(differs, question, plain.text, streamed.text)
     if fault is None:
         session.tokens_per_second = pace(streamed)
-        fault = await _judge_spread(session, question, longer, streamed)
+        fault = await _judge_spread(session, streamed, question, longer)
     return Outcome.of(fault, answer_figures(question, streamed))
 
 
@@ -156,7 +157,7 @@ async def utf_8(session: Session) -> Outcome:
 async def plain_answer(session: Session, question: Question) -> Answer:
     """The whole answer to `question`, from an earlier check where there is one."""
     for asked, reply in session.answered:
-        if asked == question and isinstance(reply, Answer):
+        if asked.is_as(question) and isinstance(reply, Answer):
             return reply
     return await session.ask(question)
 
@@ -165,26 +166,31 @@ async def both(session: Session, question: Question) -> tuple[Answer, StreamedAn
     """The plain and the streamed answer to `question`, from an earlier check where there is one."""
     plain = await plain_answer(session, question)
     for asked, reply in session.answered:
-        if asked == question and isinstance(reply, StreamedAnswer):
+        if asked.is_as(question) and isinstance(reply, StreamedAnswer):
             return plain, reply
     return plain, await session.stream(question)
 
 
 async def _judge_spread(
-    session: Session, question: Question, longer: Question, short: StreamedAnswer
+    session: Session, streamed: StreamedAnswer, question: Question, longer: Question
 ) -> Fault | None:
-    """Whether tokens come as they are written: a busy client needs more of them to tell."""
+    """Whether tokens come as they are written, by `streamed` if that is long enough.
+
+    A client that is short of processor time needs more tokens to tell.
+    """
     fault = None
     for attempt in range(_ATTEMPTS):
-        tokens = together_tokens(session.max_model_len, attempt=2 * attempt)
-        long = await session.stream_on(longer, tokens)
+        few = min(FEW_TOKENS, together_tokens(session.max_model_len))
+        short = await session.stream_on(question, few)
+        long = streamed
+        if attempt or (streamed.completion_tokens or 0) < _LONG_TOKENS:
+            tokens = together_tokens(session.max_model_len, attempt=2 * attempt)
+            long = await session.stream_on(longer, tokens)
         if fault := judge_stream(long):
             return fault
-        told = writing_s(short, long) is not None
         fault = judge_spread(short, long)
-        if told and fault is None:
+        if fault is None and writing_s(short, long) is not None:
             break
-        short = await session.stream(question)
     return fault
 
 
