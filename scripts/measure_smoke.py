@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the smoke test again and again against an endpoint, and say how often and how fast it passed.
 
-    python scripts/measure_smoke.py --url http://127.0.0.1:8000 [--runs 50] [--load N] [--skip IDS] [--out F]
+    python scripts/measure_smoke.py --url http://127.0.0.1:8000 [--runs 50] [--load N]
 
 With --load, N streams of other answers are in flight all the time. Prints a table of the checks,
 each failed check with its reason, and writes what was measured as JSON into FILE. Exits 1 unless
