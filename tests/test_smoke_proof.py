@@ -2,71 +2,91 @@
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import breaking_proxy
-from breaking_proxy import WAYS, Way, breaking, tables
-from gemma_serve.adapters.state import all_deployments
+from breaking_hooks import Way, listing
+from breaking_proxy import BROKEN, HARMLESS, WAYS, breaking, tables
 from gemma_serve.planning.smoke.promises import PROMISES
 from gemma_serve.usecases.smoke.run import run_smoke
 from gemma_serve.usecases.smoke.session import SmokeOptions
-from running import Program, end_deployments
 
 PAGE = Path(__file__).parent.parent / "docs" / "smoke-test.md"
-SMALL = ("--model", "demo", "--port", "0", "--max-model-len", "1024", "--max-num-seqs", "32")
-# Where nothing is broken, the checks that look at the form of what comes.
+# Each takes a moment, and together they break every kind of promise; the pipeline tries all.
+QUICK = {
+    "no-key-asked", "wrong-model", "engine-dead", "one-chunk", "lost-event", "doubled-event",
+    "swapped-events", "no-done", "half-json-event", "hang-in-stream", "miscounted",
+    "limit-ignored", "stop-ignored", "answers-vary", "empty", "pad", "leaked-token", "mojibake",
+    "no-history", "system-refused", "turns-merged", "serial", "crossed", "dies-in-time",
+    "crlf", "comments", "cut-3", "merged", "slow-start", "extra-fields",
+}  # fmt: skip
+# Where nothing is broken, the checks that look at the form of what comes, and the least of them.
 FORM = (
     "completion-stream", "usage", "max-tokens", "stop-sequence", "utf-8", "chat-stream",
     "chat-limits", "chat-multi-turn", "chat-system", "prompt-too-long", "malformed-body",
 )  # fmt: skip
-# The engine batches, so that many tests at once take less time than one after another ...
-AT_ONCE = 5
-BROKEN = [way for way in WAYS.values() if way.kind == "broken"]
-HARMLESS = [way for way in WAYS.values() if way.kind == "harmless"]
-# ... but its own counts, and when events come, tell most where nobody else asks.
-ALONE = [WAYS[name] for name in ("one-chunk", "kept-back", "keeps-reading", "no-prefix")]
-BESIDE = [way for way in BROKEN if way not in ALONE]
-# What looks slow or serial is looked at three times, which takes 10 to 60 seconds a way.
-LONG = {
-    "kept-back", "serial", "serial-streams", "two-at-a-time", "waves", "one-starves",
-    "one-stands-still", "slow-tokens", "sampled", "one-token-less", "keeps-reading", "no-prefix",
-}  # fmt: skip
-SHORT = {
-    "nothing", "crlf", "comments", "cut-3", "merged", "slow-start", "extra-fields", "escaped",
-    "no-version", "closes",
-}  # fmt: skip
+LEAST_FORM = ("completion-stream", "usage", "utf-8")
+# The engine batches, so that many at once take less time than one after another ...
+AT_ONCE = 6
+# ... but what it counts tells something of one client only where nobody else asks.
+ALONE = {"keeps-reading", "no-prefix"}
+# What looks as if one request waited for another, or for its end, is looked at three times.
+LONGEST, LONG = {"staggered", "together"}, {"completion-stream", "chat-stream"}
 
 
-def marked(ways):
-    """The ways as parameters; of what takes minutes in all, most is left to the pipeline."""
-    later = LONG | {way.name for way in HARMLESS} - SHORT
-    marks = {True: pytest.mark.proof, False: pytest.mark.engine}
-    return [pytest.param(way, id=way.name, marks=marks[way.name in later]) for way in ways]
+class Case(NamedTuple):
+    """A way, and the checks that are run through it."""
+
+    way: Way
+    checks: tuple[str, ...]
+    quick: bool
+
+    @property
+    def id(self):
+        return f"{self.way.name}-{'quick' if self.quick else 'proof'}"
 
 
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory):
-    """The URL of a real engine that keeps its promises."""
-    state = {"GEMMA_SERVE_STATE_DIR": str(tmp_path_factory.mktemp("state"))}
-    with Program("up", "--detach", *SMALL, environ=state) as program:
-        assert program.popen.wait(240) == 0, program.err
-        (deployment,) = all_deployments(state)
-        yield deployment.url
-        end_deployments(state)
+def cases_of(way):
+    """A quick way is tried with the first of its checks at once, and with the others later."""
+    checks = way.owners or FORM
+    if way.name not in QUICK:
+        return [Case(way, checks, quick=False)]
+    first, others = (checks[:1], checks[1:]) if way.owners else (LEAST_FORM, FORM)
+    return [Case(way, first, quick=True), *([Case(way, others, quick=False)] if others else [])]
 
 
-def seen(upstream, way):
-    """What the smoke test finds where `way` stands in between, by the checks' ids."""
-    named = {name: way.options[name] for name in ("api_key", "model") if name in way.options}
-    options = SmokeOptions(**{k: v for k, v in way.options.items() if k not in named})
-    with breaking(upstream, way) as url:
+def parameters(ways, *, alone=False):
+    marks = {True: pytest.mark.engine, False: pytest.mark.proof}
+    return [
+        pytest.param(case, id=case.id, marks=marks[case.quick])
+        for way in ways
+        if (way.name in ALONE) == alone
+        for case in cases_of(way)
+    ]
+
+
+def with_short_sequences(way):
+    """The same way before a model that says so of itself: fewer tokens are measured."""
+    short = listing(lambda models: [{**one, "max_model_len": 128} for one in models]).reply
+    return replace(way, make=lambda: replace(way.make(), reply=short))
+
+
+def seen(engine, case):
+    """What the smoke test finds where the way stands in between, by the checks' ids."""
+    options = dict(case.way.options)
+    named = {name: options.pop(name) for name in ("api_key", "model") if name in options}
+    shorter = case.quick and not LONGEST.isdisjoint(case.checks)
+    way = with_short_sequences(case.way) if shorter else case.way
+    with breaking(engine.url, way, key=engine.key) as url:
         report = run_smoke(
             url=url,
-            only=way.owners or FORM,
-            options=options,
+            only=case.checks,
+            options=SmokeOptions(**options),
             on_event=lambda result: None,
             **named,
         )
@@ -74,42 +94,49 @@ def seen(upstream, way):
 
 
 @pytest.fixture(scope="module")
-def found(upstream, request):
-    """What is found for each way that was chosen and may be tested beside others."""
+def found(keyed_engine, request):
+    """What is found in each case that was chosen and may be tried beside others."""
     calls = (getattr(item, "callspec", None) for item in request.session.items)
-    ways = (call.params.get("way") for call in calls if call)
-    chosen = [way for way in ways if isinstance(way, Way)]
-    longest_first = sorted(chosen, key=lambda way: way.kind != "harmless")
+    chosen = [call.params["case"] for call in calls if call and "case" in call.params]
+    beside = [case for case in chosen if isinstance(case, Case) and case.way.name not in ALONE]
+    longest_first = sorted(
+        beside, key=lambda case: [ids.isdisjoint(case.checks) for ids in (LONGEST, LONG)]
+    )
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {
-            way.name: pool.submit(seen, upstream, way) for way in longest_first if way not in ALONE
-        }
+        yield {case.id: pool.submit(seen, keyed_engine, case) for case in longest_first}
 
 
-def says_so(way, checks):
-    owners = [checks[id] for id in way.owners]
+def says_so(case, checks):
+    owners = [checks[id] for id in case.checks]
     assert [check.status for check in owners] == ["failed" for _ in owners], checks
     assert all(check.reason and check.hint for check in owners), checks
 
 
-@pytest.mark.parametrize("way", marked(BESIDE))
-def test_the_check_that_owns_a_broken_promise_says_so(found, way):
-    says_so(way, found[way.name].result())
+@pytest.mark.parametrize("case", parameters(BROKEN))
+def test_the_check_that_owns_a_broken_promise_says_so(found, case):
+    says_so(case, found[case.id].result())
 
 
-@pytest.mark.parametrize("way", marked(HARMLESS))
-def test_what_is_only_unusual_passes(found, way):
-    checks = found[way.name].result().values()
+@pytest.mark.parametrize("case", parameters(HARMLESS))
+def test_what_is_only_unusual_passes(found, case):
+    checks = found[case.id].result().values()
     assert [(check.id, check.reason) for check in checks if check.status == "failed"] == []
+    assert {check.id for check in checks if check.status == "passed"} >= set(case.checks)
 
 
-@pytest.mark.parametrize("way", marked(ALONE))
-def test_the_check_that_owns_it_says_so_where_nobody_else_asks(upstream, way):
-    says_so(way, seen(upstream, way))
+@pytest.mark.parametrize("case", parameters(BROKEN, alone=True))
+def test_the_check_that_owns_it_says_so_where_nobody_else_asks(found, keyed_engine, case):
+    wait(found.values())
+    says_so(case, seen(keyed_engine, case))
 
 
 def test_every_promise_is_broken_in_some_way():
     assert {id for way in BROKEN for id in way.owners} == set(PROMISES)
+
+
+def test_every_way_has_a_name_of_its_own():
+    assert len(WAYS) == len(BROKEN) + len(HARMLESS)
+    assert set(WAYS) >= QUICK | ALONE
 
 
 def test_the_page_shows_every_way():

@@ -69,9 +69,14 @@ def writing_s(short: StreamedReply, long: StreamedReply) -> float | None:
     That is what it takes longer than a `short` one: a slow first token delays both. None where
     they can't be told apart, as when the short one had to wait.
     """
-    tokens = (long.completion_tokens or 0) - (short.completion_tokens or 0)
+    tokens = _tokens(long) - _tokens(short)
     seconds = long.duration_s - short.duration_s
     return seconds if tokens >= _FEW_TOKENS and seconds > 0 else None
+
+
+def _tokens(streamed: StreamedReply) -> int:
+    """Its tokens, or where they were not counted, its events."""
+    return streamed.completion_tokens or len(streamed.token_times_s)
 
 
 def spread_s(streamed: StreamedReply) -> float:
