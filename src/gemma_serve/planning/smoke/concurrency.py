@@ -10,13 +10,14 @@ from gemma_serve.planning.smoke.verdicts import LOGS, Fault, Reply, StreamedRepl
 
 # Tokens of an answer while another was written: one or two may merely be read late.
 SHARED_TOKENS = 3
+# The part of the first answer that must still come then, and the part of the time in which all
+# must be in progress before one of them is looked at. The second comes in the first's first quarter.
+_SHARED_PART = 0.25
 # Streams in progress on average: one by one gives 1, eight together nearly 8.
 TOGETHER = 1.5
 # How far apart, in nats, two tokens may stand and still change places. Batches of other sizes
 # add up in another order; in bfloat16 that moves a logit by a few hundredths.
 TIE = 0.5
-# The part of the whole in which all must be in progress before one of them is looked at.
-_SHARED_PART = 0.25
 # Fewer readings of the engine's load may all have come too early or too late.
 _READINGS = 4
 _SERIAL = "one request is taken at a time: is `--max-num-seqs` 1, or a proxy in between?"
@@ -46,7 +47,7 @@ def judge_staggered(first: StreamedReply, second: StreamedReply) -> Fault | None
     """The second answer began while the first was still being written."""
     begun = second.started_at + (second.token_times_s or (0.0,))[0]
     later = sum(first.started_at + time_s > begun for time_s in first.token_times_s)
-    if later >= SHARED_TOKENS:
+    if later >= max(SHARED_TOKENS, _SHARED_PART * len(first.token_times_s)):
         return None
     return Fault(
         f"the second request waited for the first: {later} of the first one's "
