@@ -29,8 +29,8 @@ What it should do wrong comes as a JSON object in FAKE_ENGINE:
               still, /health and /metrics answer,
               hang "models|completion|completion-stream|chat|chat-stream", wrong_model NAME,
               max_model_len, token_delay_s, slow_first_token_s, serial, answers FILE
-    answers:  answer TEXT, ignore_stop, echo_stop, no_usage, wrong_usage, crossed, drop_history,
-              drop_system, refuse_system, no_chat_template, quote_key (in errors)
+    answers:  answer TEXT, same_answer, ignore_stop, echo_stop, no_usage, wrong_usage, crossed,
+              drop_history, drop_system, refuse_system, no_chat_template, quote_key (in errors)
     streams:  one_chunk, no_done, cut_stream, half_json, error_in_stream, drop_event,
               double_event, bad_utf8; harmless: crlf, comments, split_bytes N
 """
@@ -131,6 +131,8 @@ class Engine:
         """The tokens of the answer, and those that follow when its end is ignored."""
         if "answer" in FAULTS:
             return [FAULTS["answer"]] * 8, [FAULTS["answer"]] * 2048
+        if FAULTS.get("same_answer"):
+            key = "any question"
         choose = random.Random(hashlib.sha256(key.encode()).digest())
         more = [" " + choose.choice(WORDS) for _ in range(2048)]
         if key in self.known:
@@ -238,6 +240,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _chat(self, body: dict) -> None:
         messages = list(body.get("messages") or [])
+        self._check_model(body)
         if not messages:
             raise RequestError(400, "Cannot apply chat template to an empty conversation.")
         if FAULTS.get("no_chat_template"):
@@ -256,11 +259,14 @@ class Handler(BaseHTTPRequestHandler):
         count = sum(len(one["content"].split()) + 4 for one in messages)
         self._answer(body, _chat_key(messages), count, chat=True)
 
-    def _answer(self, body: dict, key: str, prompt_tokens: int, *, chat: bool) -> None:
-        engine = self.engine
-        if body.get("model") not in engine.names:
+    def _check_model(self, body: dict) -> None:
+        if body.get("model") not in self.engine.names:
             message = f"The model `{body.get('model')}` does not exist."
             raise RequestError(404, message, "NotFoundError")
+
+    def _answer(self, body: dict, key: str, prompt_tokens: int, *, chat: bool) -> None:
+        engine = self.engine
+        self._check_model(body)
         limit = body.get("max_tokens") or 16
         if not isinstance(limit, int):
             raise RequestError(400, "max_tokens: Input should be a valid integer")

@@ -155,9 +155,9 @@ def test_checks_are_chosen_by_their_ids():
         report = smoke(url, only=["completion-stream"], left_out=frozenset({"reachable"}))
     assert reasons(report, "skipped") == {
         "reachable": "left out by --skip",
-        "models": "left out by --skip",
-        "completion": "left out by --skip",
-        "completion-stream": "left out by --skip",
+        "models": "it needs `reachable`, which was left out",
+        "completion": "it needs `reachable`, which was left out",
+        "completion-stream": "it needs `reachable`, which was left out",
     }
     assert not report.ok
 
@@ -184,6 +184,9 @@ def test_limits_of_the_user():
         ({"answer": "<pad>"}, "language", "holds only special tokens"),
         ({"answer": ""}, "language", "the answer is empty"),
         ({"answer": " word"}, "language", "repeats 'word' over and over"),
+        ({"same_answer": True}, "language", "different questions got the same answer"),
+        ({"ignore_stop": True}, "stop-sequence", "goes on past the stop sequence"),
+        ({"echo_stop": True}, "stop-sequence", "repeats the stop sequence"),
         ({"no_usage": True}, "usage", "counted prompt_tokens as None"),
         ({"wrong_usage": True}, "usage", "are counted as"),
         ({"drop_event": True}, "completion-stream", "streamed it reads"),
@@ -221,8 +224,7 @@ def test_nobody_there():
     report = smoke("http://127.0.0.1:9")
     assert list(by_status(report, "failed")) == ["reachable"]
     assert "cannot reach http://127.0.0.1:9" in reasons(report, "failed")["reachable"]
-    gone = "the endpoint could not be reached any more since `reachable`"
-    assert set(reasons(report, "skipped").values()) == {gone}
+    assert set(reasons(report, "skipped").values()) == {"`reachable` failed"}
     assert not report.ok
 
 
@@ -243,9 +245,9 @@ def test_a_hang_ends_with_the_time_limit_and_is_not_waited_for_again():
 
 def test_a_hang_of_streams_alone_is_found_and_the_rest_goes_on():
     with serving({"hang": "completion-stream"}) as url:
-        report = smoke(url, only=["usage", "chat-stream"], check_timeout_s=0.5)
+        report = smoke(url, only=["stop-sequence", "chat-stream"], check_timeout_s=0.5)
     assert list(by_status(report, "failed")) == ["completion-stream"]
-    assert reasons(report, "skipped") == {"usage": "`completion-stream` failed"}
+    assert reasons(report, "skipped") == {"stop-sequence": "`completion-stream` failed"}
 
 
 def test_the_whole_test_has_an_end():
@@ -327,6 +329,25 @@ def test_the_command_says_no_with_exit_1_and_writes_its_reports(capsys, tmp_path
     assert "answered 500" in page.read_text()
 
 
+def test_a_limit_is_judged_whatever_else_is_chosen(capsys):
+    with serving() as url:
+        assert main(["smoke-test", "--url", url, "--only", "models", "--max-ttft", "1e-6"]) == 1
+    assert "FAIL  first-token" in capsys.readouterr().out
+
+
+def test_a_key_that_the_server_quotes_is_in_no_report(capsys, monkeypatch, tmp_path):
+    junit, page = tmp_path / "out.xml", tmp_path / "out.html"
+    monkeypatch.setenv("GEMMA_SERVE_API_KEY", "sk-quoted-by-the-server")
+    command = ["smoke-test", "--only", "chat", "--junit", str(junit), "--html", str(page)]
+    with serving({"answer": "sk-quoted-by-the-server "}) as url:
+        main([*command, "--url", url])
+        main([*command, "--url", url, "--json"])
+    out, err = capsys.readouterr()
+    written = out + err + junit.read_text() + page.read_text()
+    assert "sk-quoted" not in written
+    assert "***" in written
+
+
 def test_the_command_reads_its_environment(capsys, monkeypatch, tmp_path):
     key_file = tmp_path / "key"
     key_file.write_text("sk-secret\n")
@@ -345,6 +366,11 @@ def test_the_command_reads_its_environment(capsys, monkeypatch, tmp_path):
         (["--require", ","], "--require names no check"),
         (["--junit", "/nowhere/out.xml"], "--junit /nowhere/out.xml can't be written"),
         (["--junit", "one", "--html", "one"], "--junit and --html both name one"),
+        (["--skip", "models"], "--skip models: what is to be tried needs it"),
+        (["--only", "chat-stream", "--skip", "chat"], "--skip chat: what is to be tried needs it"),
+        (["--only", "chat", "--skip", "chat"], "--skip chat: it is to be tried"),
+        (["--only", "throughput"], "throughput has no limit to test"),
+        (["--html", "/dev/null"], "--html /dev/null can't be written"),
         (["--concurrency", "0"], "Input should be greater than or equal to 1"),
         (["--url", "ftp://x"], "ftp://x"),
     ],

@@ -245,19 +245,25 @@ def completion_token(choice: Mapping[str, Any]) -> str:
 
 def message_text(choice: Mapping[str, Any]) -> str:
     """The text of a chat's choice; a model may answer with no content at all."""
-    return _text(_mapping(choice.get("message")).get("content"))
+    return _spoken(_mapping(choice.get("message")))
 
 
 def delta_text(choice: Mapping[str, Any]) -> str:
     """The text that an event adds to a streamed chat."""
-    return _text(_mapping(choice.get("delta")).get("content"))
+    return _spoken(_mapping(choice.get("delta")))
+
+
+def _spoken(message: Mapping[str, Any]) -> str:
+    """What was thought, where the server tells that apart, and what was answered."""
+    thought = message.get("reasoning") or message.get("reasoning_content")
+    return _text(thought) + _text(message.get("content"))
 
 
 def json_object(text: str) -> Mapping[str, Any]:
     """Parse one JSON object. Raises EndpointError ("invalid") where it is none."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise invalid("a JSON object was wanted, but this came", text)
@@ -268,10 +274,21 @@ def first_choice(value: Mapping[str, Any], *, required: bool = True) -> Mapping[
     """The first of `choices`; where none is `required`, an empty mapping stands for it."""
     choices = value.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        return choices[0]
+        return _answering(choices[0])
     if required:
         raise invalid("the answer holds no `choices`")
     return {}
+
+
+def _answering(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`choice`, if it is the first one and speaks as the assistant."""
+    if choice.get("index", 0) != 0:
+        raise invalid(f"the only choice has the index {choice['index']!r}, not 0")
+    for part in ("message", "delta"):
+        role = _mapping(choice.get(part)).get("role")
+        if role not in (None, "assistant"):
+            raise invalid(f"the answer speaks as {role!r}, not as the assistant")
+    return choice
 
 
 def usage(value: Mapping[str, Any]) -> Usage:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -173,27 +173,27 @@ class Endpoint:
             return token_margins(first_choice(json_object(text)))
 
     async def leave_stream(
-        self, model: str, question: Mapping[str, Any], sampling: Sampling, *, after_tokens: int
+        self,
+        model: str,
+        question: Mapping[str, Any],
+        sampling: Sampling,
+        *,
+        after_tokens: int,
+        meanwhile: Callable[[], Awaitable[None]],
     ) -> int:
-        """Begin a stream and close the connection after so many events with a token.
+        """Begin a stream, and after so many events await `meanwhile` and close the connection.
 
         `question` holds a completion's `prompt` or a chat's `messages`. Returns how many came.
         """
         path = "/v1/chat/completions" if "messages" in question else "/v1/completions"
         request = {**_body(model, sampling, **question), "stream": True}
         decoder, seen = SseDecoder(), 0
-        with _our_errors(self._url, self._timeout_s, self._api_key):
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._http.stream("POST", path, json=request) as response,
-            ):
-                if not response.is_success:
-                    await response.aread()
-                _raise_for_status(response, path)
-                async for chunk in response.aiter_bytes():
-                    seen += sum(1 for _ in decoder.feed(chunk))
-                    if seen >= after_tokens:
-                        break
+        async with self._streaming(path, request) as response:
+            async for chunk in response.aiter_bytes():
+                seen += sum(1 for _ in decoder.feed(chunk))
+                if seen >= after_tokens:
+                    await meanwhile()
+                    break
         return seen
 
     async def count_tokens(self, model: str, prompt: str) -> int | None:
@@ -235,6 +235,22 @@ class Endpoint:
     ) -> StreamedAnswer:
         request = {**body, "stream": True, "stream_options": {"include_usage": True}}
         decoder, started_at = SseDecoder(), perf_counter()
+        async with self._streaming(path, request) as response:
+            async for chunk in response.aiter_bytes():
+                parts.take(decoder.feed(chunk), at_s=perf_counter() - started_at)
+            duration_s = perf_counter() - started_at
+            parts.take(decoder.close(), at_s=duration_s)
+            return parts.answer(
+                started_at=started_at,
+                duration_s=duration_s,
+                content_type=response.headers.get("Content-Type", ""),
+            )
+
+    @asynccontextmanager
+    async def _streaming(
+        self, path: str, request: Mapping[str, Any]
+    ) -> AsyncIterator[httpx.Response]:
+        """A stream that began well; its connection is closed with the block."""
         with _our_errors(self._url, self._timeout_s, self._api_key):
             async with (
                 asyncio.timeout(self._timeout_s),
@@ -243,15 +259,7 @@ class Endpoint:
                 if not response.is_success:
                     await response.aread()
                 _raise_for_status(response, path)
-                async for chunk in response.aiter_bytes():
-                    parts.take(decoder.feed(chunk), at_s=perf_counter() - started_at)
-            duration_s = perf_counter() - started_at
-            parts.take(decoder.close(), at_s=duration_s)
-            return parts.answer(
-                started_at=started_at,
-                duration_s=duration_s,
-                content_type=response.headers.get("Content-Type", ""),
-            )
+                yield response
 
 
 def is_healthy(url: str, *, timeout_s: float = 1.0) -> bool:

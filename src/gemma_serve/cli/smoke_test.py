@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,9 +61,14 @@ Concurrency = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option(metavar="IDS", help="Try only these checks, and those that they need."),
+    typer.Option(
+        metavar="IDS", help="Try only these checks (chat,together), and those that they need."
+    ),
 ]
-Skip = Annotated[list[str] | None, typer.Option(metavar="IDS", help="Leave these checks out.")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="IDS", help="Leave these checks out, and those that need them."),
+]
 Require = Annotated[
     list[str] | None,
     typer.Option(metavar="IDS", help="Fail if one of these can't be tried, such as chat."),
@@ -105,7 +112,7 @@ def smoke_test(
     Exits 1 if one is broken. The checks and their ids: docs/smoke-test.md.
     """
     from gemma_serve.adapters.endpoint_url import endpoint_url
-    from gemma_serve.adapters.settings import API_KEY_VARIABLE, read_api_key
+    from gemma_serve.adapters.settings import read_api_key
     from gemma_serve.adapters.state import DeploymentFolder
     from gemma_serve.errors import EXIT_NO, EXIT_OK
     from gemma_serve.planning.smoke.promises import PROMISES
@@ -115,34 +122,40 @@ def smoke_test(
     from gemma_serve.view.smoke import smoke_data, smoke_problems, verdict_line
     from gemma_serve.view.smoke_reports import ReportFiles
 
-    chosen = known_ids("--only", only) or tuple(PROMISES)
+    chosen = known_ids("--only", only)
     left_out, required = known_ids("--skip", skip), known_ids("--require", require)
+    limits = {"first-token": max_ttft, "throughput": min_tokens_per_second}
+    refuse_contradictions(chosen, left_out, required, limits)
+    # A limit that is given is judged, whatever else is chosen.
+    limited = tuple(id for id, limit in limits.items() if limit is not None)
+    chosen = (*chosen, *required, *limited) if chosen else tuple(PROMISES)
     files = ReportFiles(junit, html)
     files.refuse_bad_places()
+    there = "" if url is None else endpoint_url(url)
+    key = read_api_key(os.environ, api_key_file)
     with files.of_failures():
         meant = _endpoint_of(one_name(name, named), url)
-    if meant is not None:
-        url, model = meant.url, model or meant.served_model_name
-        run = kept_run(DeploymentFolder(meant.folder))
-        concurrency = concurrency or usual_concurrency(run.max_num_seqs if run else None)
-        if api_key_file is None and not os.environ.get(API_KEY_VARIABLE):
-            api_key_file = meant.api_key_file
-    report = _run(
-        endpoint_url(url or ""),
-        model,
-        read_api_key(os.environ, api_key_file),
-        tuple(dict.fromkeys((*chosen, *required))),
-        SmokeOptions(
-            concurrency=concurrency or usual_concurrency(None),
-            max_ttft_s=max_ttft,
-            min_tokens_per_second=min_tokens_per_second,
-            timeout_s=timeout,
-            check_timeout_s=check_timeout,
-            required=frozenset(required),
-            left_out=frozenset(left_out),
-        ),
-        as_json=as_json,
-    )
+        if meant is not None:
+            there, model = meant.url, model or meant.served_model_name
+            run = kept_run(DeploymentFolder(meant.folder))
+            concurrency = concurrency or usual_concurrency(run.max_num_seqs if run else None)
+            key = key or read_api_key(os.environ, meant.api_key_file)
+        report = _run_or_stop(
+            there,
+            model,
+            key,
+            chosen,
+            SmokeOptions(
+                concurrency=concurrency or usual_concurrency(None),
+                max_ttft_s=max_ttft,
+                min_tokens_per_second=min_tokens_per_second,
+                timeout_s=timeout,
+                check_timeout_s=check_timeout,
+                required=frozenset(required),
+                left_out=frozenset(left_out),
+            ),
+            as_json=as_json,
+        )
     files.write(report)
     problems = smoke_problems(report) if as_json else ()  # the text shows them at their checks
     Output(as_json=as_json).result(
@@ -181,6 +194,38 @@ def known_ids(option: str, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(ids)
 
 
+def _run_or_stop(*args: Any, **options: Any) -> SmokeReport:
+    """`_run`, with Ctrl-C as the error that reports can tell of."""
+    from gemma_serve.errors import Stopped
+
+    try:
+        return _run(*args, **options)
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT) from None
+
+
+def refuse_contradictions(
+    chosen: Collection[str],
+    left_out: Collection[str],
+    required: Collection[str],
+    limits: Mapping[str, float | None],
+) -> None:
+    """Raise UsageError for a choice of checks of which nothing, or not what was meant, is left."""
+    from gemma_serve.errors import UsageError
+    from gemma_serve.planning.smoke.promises import needed_in_any_case
+
+    wanted = {*chosen, *required}
+    needed = needed_in_any_case({*wanted, "completion"})  # without these nothing is left
+    for id in left_out:
+        if id in needed or id in wanted:
+            what = "what is to be tried needs it" if id not in wanted else "it is to be tried"
+            raise UsageError(f"--skip {id}: {what}", code="usage", hint="leave one of them out")
+    for id, limit in limits.items():
+        if id in wanted and limit is None:
+            option = "--max-ttft" if id == "first-token" else "--min-tokens-per-second"
+            raise UsageError(f"{id} has no limit to test", code="usage", hint=f"give {option}")
+
+
 def _run(
     url: str,
     model: str | None,
@@ -197,28 +242,13 @@ def _run(
     from gemma_serve.view.smoke import check_view, smoke_title
     from gemma_serve.view.smoke_table import SmokeTable, can_show_table
 
-    title = smoke_title(url, model)
+    output, title = Output(as_json=as_json), smoke_title(url, model)
+    run = partial(run_smoke, url=url, model=model, api_key=api_key, options=options, only=ids)
     if not as_json and can_show_table():
         with SmokeTable(with_needs(ids), title) as table:
-            return run_smoke(
-                url=url,
-                model=model,
-                api_key=api_key,
-                options=options,
-                only=ids,
-                on_begin=table.began,
-                on_event=table.ended,
-            )
-    output = Output(as_json=as_json)
+            return run(on_begin=table.began, on_event=table.ended)
     output.data(title)
-    return run_smoke(
-        url=url,
-        model=model,
-        api_key=api_key,
-        options=options,
-        only=ids,
-        on_event=lambda check: output.data(check_view(check)),
-    )
+    return run(on_event=lambda check: output.data(check_view(check)))
 
 
 def _endpoint_of(name: str | None, url: str | None) -> Deployment | None:

@@ -31,7 +31,9 @@ class ReportFiles:
         for option, path in (("--junit", self.junit), ("--html", self.html)):
             if path is None:
                 continue
-            if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            parent = path.resolve().parent
+            special = path.exists() and not path.is_file()  # a folder, a pipe, a device
+            if special or not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise UsageError(
                     f"{option} {path} can't be written",
                     code="usage",
@@ -65,7 +67,7 @@ class ReportFiles:
         started_at = time.time()
         for path in (self.junit, self.html):
             if path is not None:
-                path.unlink(missing_ok=True)
+                path.resolve().unlink(missing_ok=True)
         try:
             yield
         except GemmaServeError as error:
@@ -79,7 +81,7 @@ NO_REPORTS = ReportFiles()
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, text)
+        write_whole(path.resolve(), text)
     except OSError as error:
         raise GemmaServeError(
             f"{path} can't be written: {error.strerror or error}", code="smoke.report"

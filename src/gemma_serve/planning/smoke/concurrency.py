@@ -10,8 +10,8 @@ from gemma_serve.planning.smoke.verdicts import LOGS, Fault, Reply, StreamedRepl
 
 # Tokens of an answer while another was written: one or two may merely be read late.
 SHARED_TOKENS = 3
-# The part of the first answer that must still come then, and the part of the time in which all
-# must be in progress before one of them is looked at. The second comes in the first's first quarter.
+# The part of the first answer that must still come then: the second is sent in its first quarter.
+# Also the part of the time in which all must be in progress before one of them is looked at.
 _SHARED_PART = 0.25
 # Streams in progress on average: one by one gives 1, eight together nearly 8.
 TOGETHER = 1.5
@@ -66,13 +66,12 @@ def judge_own_answers(alone: Sequence[Reply], together: Sequence[Reply]) -> Faul
 
 
 def parted(alone: Sequence[Reply], together: Sequence[Reply]) -> tuple[int, ...]:
-    """Which answers read otherwise than alone. Past its first line an answer is free text."""
-    lines = [(first_line(a.text), first_line(b.text)) for a, b in zip(alone, together, strict=True)]
+    """Which answers read otherwise than alone, as far as both go."""
     return tuple(
         index
-        for index, (one, other) in enumerate(lines)
+        for index, (one, other) in enumerate(zip(alone, together, strict=True))
         # One may be cut earlier: its last character may be half of one.
-        if common_length(one, other) < min(len(one), len(other)) - 1
+        if common_length(one.text, other.text) < min(len(one.text), len(other.text)) - 1
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from gemma_serve.planning.smoke.verdicts import GARBAGE, Fault, Reply, head
 
@@ -16,9 +17,21 @@ _CONTROL_TOKEN = re.compile(
 _REPEATED_CHARS = 4
 # A healthy base model may fall into repeating a sentence, one that was taught to chat does not.
 _LOOPED_WORDS = re.compile(r"(?P<unit>\S{1,40}(?:\s+\S{1,40}){0,2}?)(?:\s+(?P=unit)){7,}")
-_LOOPED_PHRASE = re.compile(r"(?P<unit>\S{1,40}(?:\s+\S{1,40}){0,7}?)(?:\s+(?P=unit)){5,}")
+_LOOPED_PHRASE = re.compile(r"(?P<unit>\S{1,40}(?:\s+\S{1,40}){0,11}?)(?:\s+(?P=unit)){4,}")
 _LOOPED_CHARS = re.compile(r"(?P<unit>.{1,8}?)(?P=unit){15,}", re.DOTALL)
+SAME_ANSWERS = 3
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LOST = re.compile(f"[{_REPLACEMENT}\ud800-\udfff]")  # and halves of a surrogate pair
+
+
+def judge_variety(answers: Mapping[str, str]) -> Fault | None:
+    """Different questions (the keys) get different answers."""
+    texts = list(answers.values())
+    same = max((texts.count(text) for text in texts), default=0)
+    if same < SAME_ANSWERS:
+        return None
+    text = next(text for text in texts if texts.count(text) == same)
+    return Fault(f"{same} different questions got the same answer {head(text)!r}", GARBAGE)
 
 
 def judge_language(reply: Reply, *, is_chat: bool) -> Fault | None:
@@ -37,6 +50,6 @@ def judge_language(reply: Reply, *, is_chat: bool) -> Fault | None:
     looped = (_LOOPED_PHRASE if is_chat else _LOOPED_WORDS).search(text)
     if found := looped or _LOOPED_CHARS.search(text):
         return Fault(f"the answer repeats {found['unit']!r} over and over", GARBAGE)
-    if _REPLACEMENT in text.rstrip(_REPLACEMENT):
+    if _LOST.search(text.rstrip(_REPLACEMENT)):
         return Fault(f"characters are lost in the answer: {head(text)!r}", GARBAGE)
     return None

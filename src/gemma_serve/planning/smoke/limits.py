@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_serve.planning.smoke.verdicts import LOGS, PROXY, Fault, Reply, where_they_part
+from gemma_serve.planning.smoke.verdicts import LOGS, PROXY, Fault, Reply, parting, where_they_part
 
 _BILLING = "clients bill and limit by these counts"
 _MISCOUNT = f"{_BILLING}; {PROXY}"
@@ -89,7 +89,8 @@ def judge_beginning(whole: Reply, short: Reply) -> Fault | None:
     shared = min(len(text), len(whole.text))
     if text[:shared] != whole.text[:shared]:
         found, wanted = where_they_part(text, whole.text)
-        return Fault(f"cut short it reads {found!r}, but whole {wanted!r}", PROXY)
+        said = f"cut short it reads {found!r}, but whole {wanted!r}"
+        return Fault(said, PROXY, parting(text[:shared], whole.text[:shared]))
     return None
 
 
@@ -115,7 +116,8 @@ def judge_stop(whole: str, stop: str, stopped: Reply) -> Fault | None:
         return Fault(f"{what} the stop sequence {stop!r}", PROXY)
     if stopped.text != wanted:
         found, expected = where_they_part(stopped.text, wanted)
-        return Fault(f"before the stop sequence it reads {found!r}, not {expected!r}", LOGS)
+        said = f"before the stop sequence it reads {found!r}, not {expected!r}"
+        return Fault(said, LOGS, parting(stopped.text, wanted))
     if stopped.finish_reason != "stop":
         return Fault(f"finish_reason is {stopped.finish_reason!r}, not 'stop'", LOGS)
     return None

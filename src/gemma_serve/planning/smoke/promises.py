@@ -39,10 +39,6 @@ PROMISES: Mapping[str, Promise] = {
         "A streamed completion comes piece by piece, ends with [DONE], and equals the plain one",
         needs=("completion",),
     ),
-    "usage": Promise(
-        "Tokens are counted, add up, and are the same plain and streamed",
-        needs=("completion", "completion-stream"),
-    ),
     "max-tokens": Promise(
         "An answer ends at max_tokens with finish_reason length, or before it with stop",
         needs=("completion", "completion-stream"),
@@ -54,14 +50,18 @@ PROMISES: Mapping[str, Promise] = {
     "greedy": Promise(
         "At temperature 0 the same question gets the same answer", needs=("completion",)
     ),
-    "utf-8": Promise(
-        "Characters of several bytes arrive whole, also across events",
-        needs=("completion", "completion-stream"),
-    ),
     "chat": Promise("A chat message is answered", needs=("models",)),
     "chat-stream": Promise(
         "A streamed chat comes piece by piece, ends with [DONE], and equals the plain one",
         needs=("chat",),
+    ),
+    "usage": Promise(
+        "Tokens are counted, add up, and are the same plain and streamed",
+        needs_one_of=_EITHER_STREAM,
+    ),
+    "utf-8": Promise(
+        "Characters of several bytes arrive whole, also across events",
+        needs_one_of=_EITHER_STREAM,
     ),
     "chat-limits": Promise(
         "A chat, too, ends at max_tokens and at a stop sequence", needs=("chat", "chat-stream")
@@ -117,6 +117,12 @@ PROMISES: Mapping[str, Promise] = {
         needs_one_of=("together", *_EITHER_STREAM),
     ),
 }
+
+
+def needed_in_any_case(ids: Collection[str]) -> frozenset[str]:
+    """The checks without which one of `ids` can't be tried, whatever else passes."""
+    needs = {need for id in ids for need in PROMISES[id].needs}
+    return frozenset(needs | needed_in_any_case(needs)) if needs else frozenset()
 
 
 def with_needs(ids: Collection[str]) -> tuple[str, ...]:

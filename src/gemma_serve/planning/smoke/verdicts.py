@@ -12,7 +12,7 @@ from typing import Protocol
 
 from gemma_serve.planning.smoke.questions import Question
 
-LOGS = "the engine's log may say why; `gemma-serve up` tells where it is"
+LOGS = "the engine's log may say why; `gemma-serve logs` shows that of a deployment here"
 GARBAGE = (
     "the weights or their type are wrong: Gemma 2 and later break in float16, "
     "serve them with `--dtype bfloat16`"
@@ -22,10 +22,14 @@ PROXY = "look at what stands between: a proxy or gateway may rewrite what passes
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a promise counts as broken, and what to do about it."""
+    """Why a promise counts as broken, and what to do about it.
+
+    `texts` are two answers that should be one and part in their middle, where that is all.
+    """
 
     reason: str
     hint: str = ""
+    texts: tuple[str, str] | None = None
 
 
 class Reply(Protocol):
@@ -99,7 +103,8 @@ def judge_known(reply: Reply, question: Question, *, open_ended: bool = False) -
     """
     if question.holds and question.holds.lower() not in reply.text.lower():
         said = f"to {question.prompt!r} it says {head(reply.text)!r}"
-        return Fault(f"{said}, without {question.holds!r}", GARBAGE)
+        hint = f"another model may be served under this name, or {GARBAGE}"
+        return Fault(f"{said}, without {question.holds!r}", hint)
     known = question.known
     if known is None or reply.text == known:
         return None
@@ -114,6 +119,12 @@ def where_they_part(found: str, wanted: str) -> tuple[str, str]:
     """Both texts from a little before their first difference."""
     start = max(0, common_length(found, wanted) - 12)
     return head(found[start:]), head(wanted[start:])
+
+
+def parting(found: str, wanted: str) -> tuple[str, str] | None:
+    """Both texts, if they part before either ends: one that only breaks off is another fault."""
+    at = common_length(found, wanted)
+    return (found, wanted) if at < min(len(found), len(wanted)) else None
 
 
 def common_length(first: str, second: str) -> int:

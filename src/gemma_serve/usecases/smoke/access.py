@@ -41,12 +41,13 @@ async def authenticated(session: Session) -> Outcome:
         async with Endpoint(
             session.url, api_key=key, timeout_s=session.options.check_timeout_s
         ) as endpoint:
-            for method, path, body in _requests(session):
+            for method, path, body in _requests(session, session.wanted or "any"):
                 reply = await endpoint.try_request(method, path, body)
                 if reply.status != _UNAUTHORIZED:
                     return Outcome.failed(
                         f"{path} answers {reply.status} {what}, not 401",
-                        "set the server's key with `--api-key-file`; a proxy must pass it on",
+                        "start the server with a key; if it is meant to be open, give none here "
+                        "(is GEMMA_SERVE_API_KEY set?)",
                     )
                 refused.append(f"{path} {what}")
     return Outcome("passed", {"refused": refused})
@@ -69,14 +70,14 @@ async def models(session: Session) -> Outcome:
 async def unknown_model(session: Session) -> Outcome:
     """Ask for a model that nobody serves."""
     name = f"{session.model}-that-is-not-served"
-    body = {"model": name, "prompt": session.questions.completion.prompt, "max_tokens": 1}
-    reply = await session.endpoint.try_request("POST", "/v1/completions", body)
-    fault = None
-    if reply.status != _NOT_FOUND:
-        fault = Fault(
-            f"{name!r} was asked, and /v1/completions answers {reply.status}, not 404", PROXY
-        )
-    return Outcome.of(fault, {"status": reply.status})
+    for method, path, body in _requests(session, name):
+        if body is None:
+            continue
+        reply = await session.endpoint.try_request(method, path, body)
+        if reply.status != _NOT_FOUND:
+            said = f"{name!r} was asked, and {path} answers {reply.status}, not 404"
+            return Outcome.failed(said, PROXY)
+    return Outcome("passed", {"status": _NOT_FOUND})
 
 
 def _version(reply: RawReply) -> str:
@@ -87,8 +88,10 @@ def _version(reply: RawReply) -> str:
         return ""
 
 
-def _requests(session: Session) -> tuple[tuple[str, str, dict[str, object] | None], ...]:
-    prompt = {"model": session.wanted or "any", "max_tokens": 1}
+def _requests(
+    session: Session, model: str
+) -> tuple[tuple[str, str, dict[str, object] | None], ...]:
+    prompt = {"model": model, "max_tokens": 1}
     chat = session.questions.chat
     return (
         ("GET", "/v1/models", None),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from gemma_serve.planning.smoke.language import judge_language
+from gemma_serve.planning.smoke.language import SAME_ANSWERS, judge_language, judge_variety
 from gemma_serve.planning.smoke.verdicts import judge_known
 from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures
 
 
 async def language(session: Session) -> Outcome:
     """Look at every whole answer so far."""
-    if not session.answered:
-        await session.ask(session.either(session.questions.chat, session.questions.completion))
+    for question in session.many(SAME_ANSWERS)[len(session.answered) :]:
+        await session.ask(question)
     for question, reply in session.answered:
         if fault := judge_language(reply, is_chat=bool(question.messages)):
             return Outcome.of(fault, answer_figures(question, reply))
+    said = {question.prompt: reply.text for question, reply in session.answered}
+    if fault := judge_variety(said):
+        return Outcome.of(fault, {"answers_read": len(session.answered)})
     tokens = sum(reply.completion_tokens or 0 for _, reply in session.answered)
     return Outcome("passed", {"answers_read": len(session.answered), "tokens": tokens})
 

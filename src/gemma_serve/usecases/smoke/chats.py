@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gemma_serve.adapters.openai_api import EndpointError
-from gemma_serve.planning.smoke.limits import judge_history, judge_system
-from gemma_serve.planning.smoke.questions import DEMO_MODEL
+from gemma_serve.adapters.openai_api import Answer, EndpointError, Sampling, StreamedAnswer
+from gemma_serve.planning.smoke.limits import judge_beginning, judge_history, judge_system
+from gemma_serve.planning.smoke.questions import DEMO_MODEL, FEW_TOKENS, Question, answer_tokens
 from gemma_serve.planning.smoke.streams import judge_stream
-from gemma_serve.planning.smoke.verdicts import judge_known
+from gemma_serve.planning.smoke.verdicts import PROXY, Fault, judge_known
 from gemma_serve.usecases.smoke.completions import (
     ends_at_its_limit,
     plain_answer,
@@ -24,7 +24,8 @@ async def chat(session: Session) -> Outcome:
     try:
         reply = await session.ask(question)
     except EndpointError as error:
-        if "chat template" not in error.server_message.lower():
+        refused = error.status == _BAD_REQUEST
+        if not refused or "chat template" not in error.server_message.lower():
             raise
         if session.model == DEMO_MODEL or session.is_taught_to_chat:
             hint = "it was made to chat: give its template with `--chat-template`"
@@ -57,6 +58,7 @@ async def chat_multi_turn(session: Session) -> Outcome:
         or session.judge(reply, alone)
         or judge_known(reply, question)
         or judge_history(reply, alone)
+        or await _judge_other_way(session, question, reply)
     )
     figures = {**answer_figures(question, reply), "prompt_tokens_alone": alone.prompt_tokens}
     return Outcome.of(fault, figures)
@@ -77,8 +79,31 @@ async def chat_system(session: Session) -> Outcome:
         )
     alone = await plain_answer(session, question.last_turn_alone())
     fault = (
-        session.judge(reply, alone) or judge_known(reply, question) or judge_system(reply, alone)
+        session.judge(reply, alone)
+        or judge_known(reply, question)
+        or judge_system(reply, alone)
+        or await _judge_other_way(session, question, reply)
     )
     system = question.messages[0]["content"]
     figures = {**answer_figures(question, reply), "prompt_tokens_alone": alone.prompt_tokens}
     return Outcome.of(fault, {"system": system, **figures})
+
+
+async def _judge_other_way(
+    session: Session, question: Question, whole: Answer | StreamedAnswer
+) -> Fault | None:
+    """Whether a stream begins as the plain answer does, or a plain one as the stream, and costs
+    as many prompt tokens: what is dropped may be dropped in one of both only."""
+    few = Sampling(min(FEW_TOKENS, answer_tokens(question, session.max_model_len)))
+    short: Answer | StreamedAnswer
+    if isinstance(whole, StreamedAnswer):
+        short, way = await session.ask_with(question, few), "plain"
+    else:
+        short, way = await session.stream_with(question, few), "streamed"
+    if short.prompt_tokens != whole.prompt_tokens:
+        return Fault(
+            f"{short.prompt_tokens} prompt tokens {way}, {whole.prompt_tokens} otherwise: "
+            "not all messages reached the model",
+            PROXY,
+        )
+    return await session.unless_a_tie(judge_beginning(whole, short), question)

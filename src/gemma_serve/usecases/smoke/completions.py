@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gemma_serve.adapters.openai_api import Answer, EndpointError, Sampling, StreamedAnswer
 from gemma_serve.planning.smoke.limits import (
     judge_beginning,
@@ -21,12 +23,22 @@ from gemma_serve.planning.smoke.questions import (
     together_tokens,
 )
 from gemma_serve.planning.smoke.streams import judge_same, judge_spread, judge_stream, writing_s
-from gemma_serve.planning.smoke.verdicts import LOGS, PROXY, Fault, where_they_part
+from gemma_serve.planning.smoke.verdicts import (
+    LOGS,
+    PROXY,
+    Fault,
+    common_length,
+    parting,
+    where_they_part,
+)
 from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures, pace
 
 _MOST_SPREADS = 5
 _FAULTY_SPREADS = 2
 _LONG_TOKENS = 32
+# What no answer holds, in front of the sequence that one does.
+_NEVER_WRITTEN = "\u2063"
+_NOT_TAKEN = (400, 422)
 
 
 async def completion(session: Session) -> Outcome:
@@ -47,8 +59,7 @@ async def stream_like_plain(session: Session, question: Question, *, longer: Que
     plain, streamed = await both(session, question)
     fault = judge_stream(streamed) or session.judge(streamed)
     if fault is None:
-        differs = judge_same(plain, streamed)
-        fault = await session.unless_a_tie(differs, question, plain.text, streamed.text)
+        fault = await session.unless_a_tie(judge_same(plain, streamed), question)
     if fault is None:
         session.tokens_per_second = pace(streamed)
         fault = await _judge_spread(session, streamed, question, longer)
@@ -57,9 +68,21 @@ async def stream_like_plain(session: Session, question: Question, *, longer: Que
 
 async def usage(session: Session) -> Outcome:
     """Compare what was counted: plain, streamed, and by the server's own tokenizer."""
-    question = session.questions.completion
+    figures: dict[str, Any] = {}
+    for question in _asked_both_ways(session):
+        fault, figures = await _judge_counts(session, question)
+        if fault is not None:
+            return Outcome.of(fault, figures)
+    return Outcome("passed", figures)
+
+
+async def _judge_counts(
+    session: Session, question: Question
+) -> tuple[Fault | None, dict[str, Any]]:
     plain, streamed = await both(session, question)
-    tokenized = await session.endpoint.count_tokens(session.model, question.prompt)
+    tokenized = None
+    if not question.messages:
+        tokenized = await session.endpoint.count_tokens(session.model, question.prompt)
     few = min(FEW_TOKENS, answer_tokens(question, session.max_model_len))
     short = await session.ask_with(question, Sampling(few, ignore_eos=True))
     fault = (
@@ -68,16 +91,23 @@ async def usage(session: Session) -> Outcome:
         or judge_plausible(plain, question.prompt, tokenized)
         or judge_count_at_limit(short, few)
     )
-    if fault is None:
-        differs = judge_same_counts(plain, streamed)
-        fault = await session.unless_a_tie(differs, question, plain.text, streamed.text)
-    figures = {
+    if fault is None and plain.text == streamed.text:
+        fault = judge_same_counts(plain, streamed)
+    return fault, {
         "prompt_tokens": plain.prompt_tokens,
         "tokens": plain.completion_tokens,
         "total_tokens": plain.total_tokens,
         "prompt_tokens_tokenized": tokenized,
     }
-    return Outcome.of(fault, figures)
+
+
+def _asked_both_ways(session: Session) -> tuple[Question, ...]:
+    """The completion and the chat, as far as plain and streamed answers to them are there."""
+    asked = {
+        "completion-stream": session.questions.completion,
+        "chat-stream": session.questions.chat,
+    }
+    return tuple(question for id, question in asked.items() if id in session.passed)
 
 
 async def max_tokens(session: Session) -> Outcome:
@@ -97,8 +127,7 @@ async def ends_at_its_limit(session: Session, question: Question) -> Outcome:
     for reply in (short, streamed):
         fault = fault or judge_length(reply, few, ends_by_itself=False)
         if fault is None:
-            differs = judge_beginning(whole, reply)
-            fault = await session.unless_a_tie(differs, question, whole.text, reply.text)
+            fault = await session.unless_a_tie(judge_beginning(whole, reply), question)
     return Outcome.of(fault, {**answer_figures(question, short), "max_tokens": few})
 
 
@@ -115,13 +144,15 @@ async def stops_at_its_sequence(session: Session, question: Question) -> Outcome
         return Outcome(
             "skipped", answer_figures(question, whole), "the answer is too short to be cut"
         )
-    sampling = Sampling(answer_tokens(question, session.max_model_len), stop=(stop,))
+    # The second of two: both must be heeded.
+    stops = (_NEVER_WRITTEN, stop)
+    sampling = Sampling(answer_tokens(question, session.max_model_len), stop=stops)
     plain = await session.ask_with(question, sampling)
     streamed = await session.stream_with(question, sampling)
     fault = None
     for stopped in (plain, streamed):
         differs = judge_stop(whole.text, stop, stopped)
-        fault = fault or await session.unless_a_tie(differs, question, stopped.text)
+        fault = fault or await session.unless_a_tie(differs, question)
     return Outcome.of(fault, {**answer_figures(question, plain), "stop": stop})
 
 
@@ -132,23 +163,33 @@ async def greedy(session: Session) -> Outcome:
     fault = None
     if first.text != second.text:
         found, before = where_they_part(second.text, first.text)
-        fault = Fault(f"asked again it reads {found!r} where it had {before!r}", LOGS)
-        fault = await session.unless_a_tie(fault, question, first.text, second.text)
+        said = f"asked again it reads {found!r} where it had {before!r}"
+        fault = Fault(said, LOGS, parting(second.text, first.text))
+        fault = await session.unless_a_tie(fault, question)
     return Outcome.of(fault, answer_figures(question, first))
 
 
 async def utf_8(session: Session) -> Outcome:
     """Make the model write characters of two, three and four bytes."""
-    question = Question(session.questions.completion.prompt)
-    sampling = Sampling(answer_tokens(question, session.max_model_len), choice=(BEYOND_ASCII,))
+    outcome = Outcome.skipped("the server ignores structured outputs")
+    for question in _asked_both_ways(session):
+        outcome = await _write_beyond_ascii(session, question)
+        if outcome.status != "passed":
+            break
+    return outcome
+
+
+async def _write_beyond_ascii(session: Session, question: Question) -> Outcome:
+    natural = await plain_answer(session, question)
+    limit = answer_tokens(Question(question.prompt), session.max_model_len)
+    sampling = Sampling(limit, choice=(BEYOND_ASCII,))
     try:
         plain = await session.ask_with(question, sampling)
     except EndpointError as error:
-        if error.kind != "status":
+        if error.status not in _NOT_TAKEN:
             raise
         return Outcome.skipped("the server takes no structured outputs")
-    natural = await plain_answer(session, session.questions.completion)
-    if plain.text == natural.text:
+    if common_length(plain.text, natural.text) == min(len(plain.text), len(natural.text)):
         return Outcome.skipped("the server ignores structured outputs")
     streamed = await session.stream_with(question, sampling)
     fault = _judge_written(plain, "plain") or _judge_written(streamed, "streamed")

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from time import perf_counter
+from typing import TypeVar
 
-from gemma_serve.adapters.openai_api import StreamedAnswer
+from gemma_serve.adapters.openai_api import Answer, Sampling, StreamedAnswer
 from gemma_serve.planning.smoke.concurrency import (
     EngineLoad,
     judge_beginnings,
@@ -36,9 +37,13 @@ from gemma_serve.usecases.smoke.session import (
     stream_figures,
 )
 
+_Reply = TypeVar("_Reply")
 _ATTEMPTS = 3
 _ONE_ALONE = "--concurrency is 1"
 _LOAD_EVERY_S = 0.1
+_WHOLE_TOKENS = 16
+_MOST_ALONE = 8
+_ALONE_PART = 0.25
 
 
 async def staggered(session: Session) -> Outcome:
@@ -98,30 +103,34 @@ async def _staggered(session: Session, asked: Sequence[Question], tokens: int) -
 
 
 async def _alone_and_together(session: Session, asked: Sequence[Question], tokens: int) -> Outcome:
+    few = _asked_alone(asked, session, tokens)
     started_at = perf_counter()
-    alone = [await session.stream_on(question, tokens) for question in asked]
+    alone = [await session.stream_on(question, tokens) for question in few]
     alone_s = perf_counter() - started_at
     before = {
         "concurrency": len(asked),
         "one_after_another_s": rounded(alone_s),
-        "alone": stream_figures(asked, alone),
+        "alone": stream_figures(few, alone),
     }
-    if fault := _first_fault(session, asked, alone):
+    if fault := _first_fault(session, few, alone):
         return Outcome.of(fault, before)
     async with _watched_load(session) as loads:
         started_at = perf_counter()
         replies = await _all([session.stream_on(question, tokens) for question in asked])
         together_s = perf_counter() - started_at
+    whole = Sampling(min(tokens, _WHOLE_TOKENS), ignore_eos=True)
+    plain = await _all([session.ask_with(question, whole) for question in asked])
+    await session.lives_on()
     load = _most_of(loads)
-    wrong = _first_fault(session, asked, replies) or await _judge_parted(
-        session, asked, alone, replies
-    )
-    waited = None if wrong else judge_together(replies, load)
+    wrong = _first_fault(session, asked, replies) or session.judge(*plain)
+    parted = None if wrong else await _judge_parted(session, few, alone, (replies, plain))
+    waited = None if wrong or parted else judge_together(replies, load)
     joint = joint_figures(asked, replies, together_s)
     session.together_tokens_per_second = joint["tokens_per_second"]
+    alone_pace = sum(reply.completion_tokens or 0 for reply in alone) / alone_s
     figures = {
         **before,
-        "speedup": rounded(alone_s / together_s, 2),
+        "speedup": rounded((joint["tokens_per_second"] or 0.0) / (alone_pace or 1.0), 2),
         "together_s": rounded(together_s),
         "in_progress_at_once": peak_in_progress(replies),
         "in_progress_mean": rounded(mean_in_progress(replies), 2),
@@ -130,7 +139,14 @@ async def _alone_and_together(session: Session, asked: Sequence[Question], token
         "ttft_s": rounded(max((reply.ttft_s or 0.0 for reply in replies), default=None)),
         **joint,
     }
-    return Outcome.of(wrong or waited, figures, look_again=waited is not None)
+    return Outcome.of(wrong or parted or waited, figures, look_again=wrong is None)
+
+
+def _asked_alone(asked: Sequence[Question], session: Session, tokens: int) -> tuple[Question, ...]:
+    """The first questions, all different: as many as even a slow engine has the time for."""
+    time_s = _ALONE_PART * session.options.check_timeout_s
+    count = round(time_s * (session.tokens_per_second or 0.0) / tokens)
+    return tuple(asked[: min(max(count, 2), _MOST_ALONE)])
 
 
 @asynccontextmanager
@@ -165,19 +181,21 @@ async def _judge_parted(
     session: Session,
     asked: Sequence[Question],
     alone: Sequence[StreamedAnswer],
-    together: Sequence[StreamedAnswer],
+    at_once: Sequence[Sequence[StreamedAnswer | Answer]],
 ) -> Fault | None:
     """Whether the answers that read otherwise than alone do so only for their arithmetic."""
-    others = parted(alone, together)
-    asking = (session.margins(asked[i], together[i].completion_tokens or 1) for i in others)
-    for index, tokens in zip(others, await asyncio.gather(*asking), strict=True):
-        question, text = asked[index], together[index].text
-        if not tokens:
-            return judge_own_answers(alone, together) or judge_beginnings(alone, together)
-        if not parts_at_a_tie(text, tokens):
-            found, wanted = where_they_part(text, alone[index].text)
-            said = f"to {question.prompt!r}: {found!r} among others, but {wanted!r} alone"
-            return judge_own_answers(alone, together) or Fault(said, LOGS)
+    for together in at_once:
+        together = together[: len(asked)]
+        others = parted(alone, together)
+        asking = (session.margins(asked[i], together[i].completion_tokens or 1) for i in others)
+        for index, tokens in zip(others, await asyncio.gather(*asking), strict=True):
+            if not tokens:
+                return judge_own_answers(alone, together) or judge_beginnings(alone, together)
+            if not parts_at_a_tie(together[index].text, tokens):
+                found, wanted = where_they_part(together[index].text, alone[index].text)
+                prompt = asked[index].prompt
+                said = f"to {prompt!r}: {found!r} among others, but {wanted!r} alone"
+                return judge_own_answers(alone, together) or Fault(said, LOGS)
     return None
 
 
@@ -205,7 +223,7 @@ async def _either(
     waiter.cancel()
 
 
-async def _all(requests: Sequence[Awaitable[StreamedAnswer]]) -> list[StreamedAnswer]:
+async def _all(requests: Sequence[Awaitable[_Reply]]) -> list[_Reply]:
     """Wait for every request, also when one fails, then raise the first error."""
     done = await asyncio.gather(*requests, return_exceptions=True)
     answers = []

@@ -19,38 +19,44 @@ _READ_TOKENS = 5
 _LONG_ANSWER = 4096
 _LEAST_PATIENCE_S = 1.0
 _PATIENCE_S = 5.0
+_MOST_ENGINES = 16
 _TICK_S = 0.05
 
 
 async def cancelled_stream(session: Session) -> Outcome:
     """Begin a long stream, leave it, and see how soon the engine has one request less."""
-    if await session.metrics() is None:
-        return Outcome.skipped(_NO_METRICS)
-    # Before the first stream: one that is not given up still runs when the next one is tried.
-    running = await _most_running(session)
     for _ in range(_ATTEMPTS):
-        outcome = await _leave_a_stream(session, running)
+        outcome = await _leave_a_stream(session)
         if not outcome.look_again:
             break
+    await session.lives_on()
     return outcome
 
 
-async def _leave_a_stream(session: Session, running: int) -> Outcome:
+async def _leave_a_stream(session: Session) -> Outcome:
     (question,) = session.many(1)
     asked = {"messages": list(question.messages)} if question.messages else {}
     tokens = min(_LONG_ANSWER, (session.max_model_len or _LONG_ANSWER) * 3 // 4)
+    loads: list[int] = []
+
+    async def look() -> None:
+        loads.extend([load for _ in range(_READINGS) if (load := await _load(session)) is not None])
+
     begun_at = perf_counter()
     read = await session.endpoint.leave_stream(
         session.model,
         asked or {"prompt": question.prompt},
         Sampling(tokens, ignore_eos=True),
         after_tokens=_READ_TOKENS,
+        meanwhile=look,
     )
     left_at = perf_counter()
+    if not loads:
+        return Outcome.skipped(_NO_METRICS)
     # How long it would go on is not known exactly; half of the guess is soon enough to tell.
     would_take_s = (tokens - read) * (left_at - begun_at) / max(read, 1)
     patience_s = min(max(would_take_s / 2, _LEAST_PATIENCE_S), _PATIENCE_S)
-    freed = await _until(session, lambda now: now.requests_running <= running, patience_s)
+    freed = await _until(session, lambda now: _requests(now) < max(loads), patience_s)
     freed_s = perf_counter() - left_at
     fault = None
     if not freed:
@@ -59,14 +65,18 @@ async def _leave_a_stream(session: Session, running: int) -> Outcome:
     return Outcome.of(fault, figures, look_again=fault is not None)
 
 
-async def _most_running(session: Session) -> int:
-    """How many requests of others run: the most of a few readings, for they come and go."""
-    readings = [await session.metrics() for _ in range(_READINGS)]
-    return max((one.requests_running for one in readings if one is not None), default=0)
+async def _load(session: Session) -> int | None:
+    now = await session.metrics()
+    return None if now is None else _requests(now)
+
+
+def _requests(now: EngineMetrics) -> int:
+    """All that the engine has taken: others may wait for the place that is freed."""
+    return now.requests_running + now.requests_waiting
 
 
 async def prefix_cache(session: Session) -> Outcome:
-    """Send a prompt of several blocks twice."""
+    """Send a prompt of several blocks again, until it is found."""
     first = await session.metrics()
     if first is None or first.cache is None:
         return Outcome.skipped(_NO_METRICS)
@@ -77,12 +87,19 @@ async def prefix_cache(session: Session) -> Outcome:
     if (reply.prompt_tokens or 0) <= first.cache.block_size:
         return Outcome.skipped("the longest sequence holds no prompt of a whole block")
     before = await session.metrics() or first
-    await session.ask_with(question, Sampling(1))
-    found = await _until(session, lambda now: now.prefix_cache_hits > before.prefix_cache_hits)
-    after = await session.metrics() or before
-    hits = round(after.prefix_cache_hits - before.prefix_cache_hits)
+    hits = 0
+    # Of several engines (data parallel) each has a cache of its own, and they take turns.
+    for _ in range(_MOST_ENGINES):
+        await session.ask_with(question, Sampling(1))
+        found = await _until(
+            session, lambda now: now.prefix_cache_hits > before.prefix_cache_hits, _TICK_S
+        )
+        if found:
+            after = await session.metrics() or before
+            hits = round(after.prefix_cache_hits - before.prefix_cache_hits)
+            break
     fault = None
-    if not found:
+    if not hits:
         fault = Fault(
             f"none of its {reply.prompt_tokens} prompt tokens were found when it came again", LOGS
         )
@@ -90,13 +107,14 @@ async def prefix_cache(session: Session) -> Outcome:
 
 
 async def _until(
-    session: Session, reached: Callable[[EngineMetrics], bool], patience_s: float = _PATIENCE_S
+    session: Session, reached: Callable[[EngineMetrics], bool], patience_s: float
 ) -> bool:
     """Whether the engine's counts get there in time: they follow the answers."""
     until = perf_counter() + patience_s
-    while perf_counter() < until:
+    while True:
         now = await session.metrics()
         if now is not None and reached(now):
             return True
+        if perf_counter() > until:
+            return False
         await asyncio.sleep(_TICK_S)
-    return False

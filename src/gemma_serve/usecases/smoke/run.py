@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 from gemma_serve.adapters.openai_api import Endpoint, EndpointError
 from gemma_serve.adapters.package_data import data_path
@@ -89,15 +90,17 @@ class _Run:
         started_at = perf_counter()
         reason = _unmet(id, self.session, results)
         outcome = Outcome.skipped(reason) if reason else await self._try(id)
-        if outcome.status == "skipped" and id in self.session.options.required:
+        # What an earlier check keeps from being tried has failed there.
+        tried = not reason or id in self.session.options.left_out
+        if outcome.status == "skipped" and tried and id in self.session.options.required:
             said = f"it is required, but was skipped: {outcome.reason}"
             outcome = replace(outcome, status="failed", reason=said)
         return CheckResult(
             id,
             PROMISES[id].text,
             outcome.status,
-            outcome.reason,
-            outcome.figures,
+            _without(outcome.reason, self.session.api_key),
+            _without(outcome.figures, self.session.api_key),
             outcome.hint,
             round(perf_counter() - started_at, 4),
         )
@@ -118,7 +121,8 @@ class _Run:
             return Outcome.failed(f"it was not over within {limit_s:g} s", _SLOW)
         except EndpointError as error:
             if error.kind == "unreachable":
-                session.closed = f"the endpoint could not be reached any more since `{id}`"
+                lost = f"the endpoint could not be reached any more since `{id}`"
+                session.closed = f"`{id}` failed" if id == "reachable" else lost
             if error.kind == "timeout":
                 await self._probe(id)
             return Outcome.failed(str(error), error.problems[0].hint)
@@ -138,6 +142,19 @@ class _Run:
             session.closed = f"the endpoint stopped answering in `{id}`"
 
 
+def _without(value: Any, secret: str | None) -> Any:
+    """`value` with `secret` struck out of every text in it: a server may say what it was sent."""
+    if not secret:
+        return value
+    if isinstance(value, str):
+        return value.replace(secret, "***")
+    if isinstance(value, Mapping):
+        return {name: _without(one, secret) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(one, secret) for one in value]
+    return value
+
+
 def _unmet(id: str, session: Session, results: Mapping[str, CheckResult]) -> str:
     """Why this check can't be tried; empty where it can."""
     if id in session.options.left_out:
@@ -148,7 +165,8 @@ def _unmet(id: str, session: Session, results: Mapping[str, CheckResult]) -> str
     for need in promise.needs:
         result = results[need]
         if result.status == "skipped":
-            return result.reason
+            left_out = need in session.options.left_out
+            return f"it needs `{need}`, which was left out" if left_out else result.reason
         if result.status == "failed":
             return f"`{need}` failed"
     for before in promise.pointless_after:

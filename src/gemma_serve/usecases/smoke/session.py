@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_serve.adapters.metrics import EngineMetrics, read_metrics
+from gemma_serve.adapters.metrics import EngineMetrics, parse_metrics
 from gemma_serve.adapters.openai_api import (
     Answer,
     Endpoint,
@@ -32,6 +32,7 @@ from gemma_serve.planning.smoke.streams import spread_s
 from gemma_serve.planning.smoke.verdicts import Fault, judge_finish, judge_model
 
 CONCURRENCY = 8
+_METRICS_TIMEOUT_S = 2.0
 _SHOWN_CHARS = 200
 _TAUGHT_TO_CHAT = re.compile(r"(?:^|/)gemma-[\w.-]+-it\b", re.IGNORECASE)
 
@@ -131,10 +132,14 @@ class Session:
         return tuple(dict.fromkeys((self.model, *same)))
 
     @property
+    def called(self) -> tuple[str, ...]:
+        """What may tell which model it is: its names, and where its weights come from."""
+        return (*self.names, self._served.root if self._served else "")
+
+    @property
     def is_taught_to_chat(self) -> bool:
         """Whether it is called as Google calls Gemma's instruction-tuned models."""
-        called = (self.model, self._served.root if self._served else "")
-        return any(map(_TAUGHT_TO_CHAT.search, called))
+        return any(map(_TAUGHT_TO_CHAT.search, self.called))
 
     @property
     def _served(self) -> ServedModel | None:
@@ -203,17 +208,15 @@ class Session:
         faults = (judge_model(reply, self.names) or judge_finish(reply) for reply in replies)
         return next((fault for fault in faults if fault), None)
 
-    async def unless_a_tie(
-        self, fault: Fault | None, question: Question, *texts: str
-    ) -> Fault | None:
-        """`fault`, unless the `texts` part only where two tokens were about as likely.
+    async def unless_a_tie(self, fault: Fault | None, question: Question) -> Fault | None:
+        """`fault`, unless it is that two texts part where two tokens were about as likely.
 
         The model is asked for its log-probabilities only then: the first time that takes long.
         """
-        if fault is None or question.known is not None:
+        if fault is None or fault.texts is None or question.known is not None:
             return fault
         tokens = await self.margins(question, answer_tokens(question, self.max_model_len))
-        if tokens and all(parts_at_a_tie(text, tokens) for text in texts):
+        if tokens and all(parts_at_a_tie(text, tokens) for text in fault.texts):
             return None
         return fault
 
@@ -233,8 +236,10 @@ class Session:
     async def metrics(self) -> EngineMetrics | None:
         """What the engine reports of itself, where it does."""
         try:
-            return await asyncio.to_thread(read_metrics, self.url)
-        except EndpointError:
+            async with asyncio.timeout(_METRICS_TIMEOUT_S):
+                reply = await self.endpoint.try_request("GET", "/metrics")
+            return parse_metrics(reply.text)
+        except (EndpointError, TimeoutError):
             return None
 
 

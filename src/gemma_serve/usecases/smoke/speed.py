@@ -10,7 +10,7 @@ from gemma_serve.usecases.smoke.session import Outcome, Session, pace, rounded
 
 _ASKED = 3
 _TOKENS = 8
-_SLOW = "another client may load the engine; `gemma-serve status` shows what it is doing"
+_SLOW = "another client may load the engine, or the limit asks for more than this machine has"
 
 
 async def first_token(session: Session) -> Outcome:
