@@ -357,6 +357,13 @@ def test_a_stop(stopped, reason):
     assert fault is None or reason in fault.reason
 
 
+def test_an_answer_that_parts_at_the_stop_sequence_may_do_so_at_a_tie():
+    parted = judge_stop("one two three four", "three", Reply("one two eight nine", "length"))
+    assert parted.texts == ("one two eight nine", "one two three four")
+    assert judge_stop("one two three four", "three", Reply("one ")).texts is None
+    assert judge_stop("one two three four", "three", Reply("one two three four")).texts is None
+
+
 def test_history():
     assert judge_history(Reply(prompt_tokens=9), Reply("Hm?")) is None
     assert "never reached" in judge_history(Reply(), Reply("Hm?")).reason

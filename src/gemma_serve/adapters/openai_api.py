@@ -180,21 +180,23 @@ class Endpoint:
         *,
         after_tokens: int,
         meanwhile: Callable[[], Awaitable[None]],
-    ) -> int:
+    ) -> tuple[int, float]:
         """Begin a stream, and after so many events await `meanwhile` and close the connection.
 
-        `question` holds a completion's `prompt` or a chat's `messages`. Returns how many came.
+        `question` holds a completion's `prompt` or a chat's `messages`. Returns how many events
+        came, and in how many seconds after the first.
         """
         path = "/v1/chat/completions" if "messages" in question else "/v1/completions"
         request = {**_body(model, sampling, **question), "stream": True}
-        decoder, seen = SseDecoder(), 0
+        decoder = SseDecoder()
+        times: list[float] = []
         async with self._streaming(path, request) as response:
             async for chunk in response.aiter_bytes():
-                seen += sum(1 for _ in decoder.feed(chunk))
-                if seen >= after_tokens:
+                times += [perf_counter() for _ in decoder.feed(chunk)]
+                if len(times) >= after_tokens:
                     await meanwhile()
                     break
-        return seen
+        return len(times), times[-1] - times[0] if times else 0.0
 
     async def count_tokens(self, model: str, prompt: str) -> int | None:
         """How many tokens `prompt` has by the server's own tokenizer; None where it tells not."""

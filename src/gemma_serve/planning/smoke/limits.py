@@ -117,7 +117,7 @@ def judge_stop(whole: str, stop: str, stopped: Reply) -> Fault | None:
     if stopped.text != wanted:
         found, expected = where_they_part(stopped.text, wanted)
         said = f"before the stop sequence it reads {found!r}, not {expected!r}"
-        return Fault(said, LOGS, parting(stopped.text, wanted))
+        return Fault(said, LOGS, parting(stopped.text, whole))
     if stopped.finish_reason != "stop":
         return Fault(f"finish_reason is {stopped.finish_reason!r}, not 'stop'", LOGS)
     return None

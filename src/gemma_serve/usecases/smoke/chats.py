@@ -43,7 +43,7 @@ async def chat_stream(session: Session) -> Outcome:
 
 async def chat_limits(session: Session) -> Outcome:
     """Ask for few tokens, and with a stop sequence."""
-    question = session.questions.chat_count
+    question = session.questions.chat
     limited = await ends_at_its_limit(session, question)
     return limited if limited.status == "failed" else await stops_at_its_sequence(session, question)
 

@@ -112,7 +112,7 @@ def _asked_both_ways(session: Session) -> tuple[Question, ...]:
 
 async def max_tokens(session: Session) -> Outcome:
     """Ask for a few tokens, plain and streamed, and look how a whole answer ended."""
-    return await ends_at_its_limit(session, session.questions.count)
+    return await ends_at_its_limit(session, session.questions.completion)
 
 
 async def ends_at_its_limit(session: Session, question: Question) -> Outcome:
@@ -133,7 +133,7 @@ async def ends_at_its_limit(session: Session, question: Question) -> Outcome:
 
 async def stop_sequence(session: Session) -> Outcome:
     """Ask for the whole answer, and with a word from its middle as the stop sequence."""
-    return await stops_at_its_sequence(session, session.questions.count)
+    return await stops_at_its_sequence(session, session.questions.completion)
 
 
 async def stops_at_its_sequence(session: Session, question: Question) -> Outcome:
@@ -157,16 +157,19 @@ async def stops_at_its_sequence(session: Session, question: Question) -> Outcome
 
 
 async def greedy(session: Session) -> Outcome:
-    """Ask the same thing twice."""
+    """Ask the same thing again, for a part of the answer."""
     question = session.questions.completion
-    first, second = await plain_answer(session, question), await session.ask(question)
+    first = await plain_answer(session, question)
+    limit = min(_LONG_TOKENS, answer_tokens(question, session.max_model_len))
+    second = await session.ask_with(question, Sampling(limit))
     fault = None
-    if first.text != second.text:
+    shared = min(len(first.text), len(second.text.rstrip("\N{REPLACEMENT CHARACTER}")))
+    if not shared or first.text[:shared] != second.text[:shared]:
         found, before = where_they_part(second.text, first.text)
         said = f"asked again it reads {found!r} where it had {before!r}"
         fault = Fault(said, LOGS, parting(second.text, first.text))
         fault = await session.unless_a_tie(fault, question)
-    return Outcome.of(fault, answer_figures(question, first))
+    return Outcome.of(fault, answer_figures(question, second))
 
 
 async def utf_8(session: Session) -> Outcome:
