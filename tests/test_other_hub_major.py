@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.proof]
 
 TESTS = Path(__file__).parent
 INSTALLED = int(huggingface_hub.__version__.partition(".")[0])

@@ -171,6 +171,7 @@ def test_every_text_architecture_of_the_cpu_build_was_started():
     assert {model_type for model_type, *_ in ENGINES} == set(CONFIGS)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("model_type", "kv_bytes", "flags"),
     [("gemma3_text", 256 * MIB, ()), ("gemma4_text", 32 * MIB, ("--max-model-len", "3000"))],

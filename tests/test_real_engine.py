@@ -182,6 +182,7 @@ def _core(program):
     return next((p for p in leader.children() if "tracker" not in " ".join(p.cmdline())), None)
 
 
+@pytest.mark.proof
 def test_a_core_killed_while_it_loads_is_exit_3_and_leaves_nothing(run):
     program = run()
     program.wait_for(" s  weights")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,8 +30,7 @@ class SmokeReport:
     """Every check of one run against `model` at `url`, in order.
 
     `started_at` is in seconds since 1970, `duration_s` that of the whole run. `engine_version` is
-    what the server calls its own version, "" where it tells none. The checks `required` may not
-    be skipped.
+    what the server calls its own version, "" where it tells none.
     """
 
     url: str
@@ -40,7 +39,6 @@ class SmokeReport:
     started_at: float = 0.0
     duration_s: float = 0.0
     engine_version: str = ""
-    required: Collection[str] = ()
 
     @property
     def ok(self) -> bool:

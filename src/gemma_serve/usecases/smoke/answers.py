@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from gemma_serve.planning.smoke.language import SAME_ANSWERS, judge_language, judge_variety
 from gemma_serve.planning.smoke.verdicts import judge_known
+from gemma_serve.usecases.smoke.completions import plain_answer
 from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures
 
 
 async def language(session: Session) -> Outcome:
     """Look at every whole answer so far."""
-    for question in session.many(SAME_ANSWERS)[len(session.answered) :]:
-        await session.ask(question)
+    for question in session.many(SAME_ANSWERS + 1):
+        if len({asked.prompt for asked, _ in session.answered}) < SAME_ANSWERS:
+            await plain_answer(session, question)
     for question, reply in session.answered:
         if fault := judge_language(reply, is_chat=bool(question.messages)):
             return Outcome.of(fault, answer_figures(question, reply))

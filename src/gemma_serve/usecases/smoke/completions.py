@@ -164,7 +164,7 @@ async def greedy(session: Session) -> Outcome:
     second = await session.ask_with(question, Sampling(limit))
     fault = None
     shared = min(len(first.text), len(second.text.rstrip("\N{REPLACEMENT CHARACTER}")))
-    if not shared or first.text[:shared] != second.text[:shared]:
+    if first.text[:shared] != second.text[:shared] or bool(first.text) != bool(second.text):
         found, before = where_they_part(second.text, first.text)
         said = f"asked again it reads {found!r} where it had {before!r}"
         fault = Fault(said, LOGS, parting(second.text, first.text))

@@ -187,16 +187,29 @@ async def _judge_parted(
     for together in at_once:
         together = together[: len(asked)]
         others = parted(alone, together)
+        if not others:
+            continue
+        # With known answers there is no doubt, and nothing to ask for.
+        if asked[others[0]].known is not None:
+            return _other_answer(asked, alone, together, others[0])
         asking = (session.margins(asked[i], together[i].completion_tokens or 1) for i in others)
         for index, tokens in zip(others, await asyncio.gather(*asking), strict=True):
             if not tokens:
                 return judge_own_answers(alone, together) or judge_beginnings(alone, together)
             if not parts_at_a_tie(together[index].text, tokens):
-                found, wanted = where_they_part(together[index].text, alone[index].text)
-                prompt = asked[index].prompt
-                said = f"to {prompt!r}: {found!r} among others, but {wanted!r} alone"
-                return judge_own_answers(alone, together) or Fault(said, LOGS)
+                return _other_answer(asked, alone, together, index)
     return None
+
+
+def _other_answer(
+    asked: Sequence[Question],
+    alone: Sequence[StreamedAnswer],
+    together: Sequence[StreamedAnswer | Answer],
+    index: int,
+) -> Fault:
+    found, wanted = where_they_part(together[index].text, alone[index].text)
+    said = f"to {asked[index].prompt!r}: {found!r} among others, but {wanted!r} alone"
+    return judge_own_answers(alone, together) or Fault(said, LOGS)
 
 
 def _first_fault(
