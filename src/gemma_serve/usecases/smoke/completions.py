@@ -33,8 +33,8 @@ from gemma_serve.planning.smoke.verdicts import (
 )
 from gemma_serve.usecases.smoke.session import Outcome, Session, answer_figures, pace
 
-_MOST_SPREADS = 5
-_FAULTY_SPREADS = 2
+_MOST_SPREADS = 8
+_FAULTY_SPREADS = 4
 _LONG_TOKENS = 32
 # What no answer holds, in front of the sequence that one does.
 _NEVER_WRITTEN = "\u2063"
