@@ -19,6 +19,7 @@ _READ_TOKENS = 32
 _LONG_ANSWER = 2048
 _LEAST_PATIENCE_S = 0.5
 _PATIENCE_S = 5.0
+_END_S = 15.0
 _MOST_ENGINES = 16
 _TICK_S = 0.05
 
@@ -61,11 +62,9 @@ async def _leave_a_stream(session: Session) -> Outcome:
     if freed:
         return Outcome("passed", figures)
     fault = Fault(f"{freed_s:.1f} s after its client had left, it was still written on", PROXY)
-    # Where it ends soon, another look: its end must not be taken for that of the next one.
-    ends_soon = goes_on_s < 2 * _PATIENCE_S
-    if ends_soon:
-        await asyncio.sleep(goes_on_s)
-    return Outcome.of(fault, figures, look_again=ends_soon)
+    # Another look only when it has ended: its end must not be taken for that of the next one.
+    ended = await _until(session, lambda now: _requests(now) < max(loads), _END_S)
+    return Outcome.of(fault, figures, look_again=ended)
 
 
 async def _load(session: Session) -> int | None:
