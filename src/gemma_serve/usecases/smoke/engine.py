@@ -56,6 +56,8 @@ async def _leave_a_stream(session: Session) -> Outcome:
     goes_on_s = (tokens - read) * seconds / max(read, 1)
     # Unread, and when others have ended, it may go on faster than it began.
     patience_s = min(max(goes_on_s / 10, _LEAST_PATIENCE_S), _PATIENCE_S)
+    if max(loads) > 1:  # the requests of others come and go: their number tells less, and later
+        patience_s = _PATIENCE_S
     freed = await _until(session, lambda now: _requests(now) < max(loads), patience_s)
     freed_s = perf_counter() - left_at
     figures = {"tokens_read": read, "freed_s": rounded(freed_s, 2)}
