@@ -370,6 +370,7 @@ def test_the_command_reads_its_environment(capsys, monkeypatch, tmp_path):
         (["--only", "chat-stream", "--skip", "chat"], "--skip chat: what is to be tried needs it"),
         (["--only", "chat", "--skip", "chat"], "--skip chat: it is to be tried"),
         (["--only", "throughput"], "throughput has no limit to test"),
+        (["--skip", "first-token", "--max-ttft", "1"], "--skip first-token: it is to be tried"),
         (["--html", "/dev/null"], "--html /dev/null can't be written"),
         (["--concurrency", "0"], "Input should be greater than or equal to 1"),
         (["--url", "ftp://x"], "ftp://x"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -115,20 +114,15 @@ def smoke_test(
     from gemma_serve.adapters.settings import read_api_key
     from gemma_serve.adapters.state import DeploymentFolder
     from gemma_serve.errors import EXIT_NO, EXIT_OK
-    from gemma_serve.planning.smoke.promises import PROMISES
+    from gemma_serve.planning.smoke.choice import choose
     from gemma_serve.usecases.run import kept_run
     from gemma_serve.usecases.smoke.session import SmokeOptions, usual_concurrency
     from gemma_serve.view.output import Output
     from gemma_serve.view.smoke import smoke_data, smoke_problems, verdict_line
     from gemma_serve.view.smoke_reports import ReportFiles
 
-    chosen = known_ids("--only", only)
-    left_out, required = known_ids("--skip", skip), known_ids("--require", require)
     limits = {"first-token": max_ttft, "throughput": min_tokens_per_second}
-    refuse_contradictions(chosen, left_out, required, limits)
-    # A limit that is given is judged, whatever else is chosen.
-    limited = tuple(id for id, limit in limits.items() if limit is not None)
-    chosen = (*chosen, *required, *limited) if chosen else tuple(PROMISES)
+    choice = choose(only=only, skip=skip, require=require, limits=limits)
     files = ReportFiles(junit, html)
     files.refuse_bad_places()
     there = "" if url is None else endpoint_url(url)
@@ -140,19 +134,19 @@ def smoke_test(
             run = kept_run(DeploymentFolder(meant.folder))
             concurrency = concurrency or usual_concurrency(run.max_num_seqs if run else None)
             key = key or read_api_key(os.environ, meant.api_key_file)
-        report = _run_or_stop(
+        report = _run(
             there,
             model,
             key,
-            chosen,
+            choice.ids,
             SmokeOptions(
                 concurrency=concurrency or usual_concurrency(None),
                 max_ttft_s=max_ttft,
                 min_tokens_per_second=min_tokens_per_second,
                 timeout_s=timeout,
                 check_timeout_s=check_timeout,
-                required=frozenset(required),
-                left_out=frozenset(left_out),
+                required=choice.required,
+                left_out=choice.left_out,
             ),
             as_json=as_json,
         )
@@ -168,64 +162,6 @@ def smoke_test(
     return EXIT_OK if report.ok else EXIT_NO
 
 
-def known_ids(option: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The ids in `given`, each perhaps several with commas between them.
-
-    Raises:
-        UsageError: one is no check's.
-    """
-    from difflib import get_close_matches
-
-    from gemma_serve.errors import UsageError
-    from gemma_serve.planning.smoke.promises import PROMISES
-
-    ids = [id.strip() for text in given or () for id in text.split(",") if id.strip()]
-    for id in ids:
-        if id not in PROMISES:
-            close = get_close_matches(id, PROMISES, 1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            raise UsageError(
-                f"{option} {id}: there is no such check",
-                code="usage",
-                hint=f"{meant}the checks are {', '.join(PROMISES)}",
-            )
-    if given and not ids:
-        raise UsageError(f"{option} names no check", code="usage", hint="such as --only chat")
-    return tuple(ids)
-
-
-def _run_or_stop(*args: Any, **options: Any) -> SmokeReport:
-    """`_run`, with Ctrl-C as the error that reports can tell of."""
-    from gemma_serve.errors import Stopped
-
-    try:
-        return _run(*args, **options)
-    except KeyboardInterrupt:
-        raise Stopped(signal.SIGINT) from None
-
-
-def refuse_contradictions(
-    chosen: Collection[str],
-    left_out: Collection[str],
-    required: Collection[str],
-    limits: Mapping[str, float | None],
-) -> None:
-    """Raise UsageError for a choice of checks of which nothing, or not what was meant, is left."""
-    from gemma_serve.errors import UsageError
-    from gemma_serve.planning.smoke.promises import needed_in_any_case
-
-    wanted = {*chosen, *required}
-    needed = needed_in_any_case({*wanted, "completion"})  # without these nothing is left
-    for id in left_out:
-        if id in needed or id in wanted:
-            what = "what is to be tried needs it" if id not in wanted else "it is to be tried"
-            raise UsageError(f"--skip {id}: {what}", code="usage", hint="leave one of them out")
-    for id, limit in limits.items():
-        if id in wanted and limit is None:
-            option = "--max-ttft" if id == "first-token" else "--min-tokens-per-second"
-            raise UsageError(f"{id} has no limit to test", code="usage", hint=f"give {option}")
-
-
 def _run(
     url: str,
     model: str | None,
@@ -235,7 +171,12 @@ def _run(
     *,
     as_json: bool,
 ) -> SmokeReport:
-    """Run the checks and show each: in a live table on a terminal, else line by line."""
+    """Run the checks and show each: in a live table on a terminal, else line by line.
+
+    Raises:
+        Stopped: Ctrl-C.
+    """
+    from gemma_serve.errors import Stopped
     from gemma_serve.planning.smoke.promises import with_needs
     from gemma_serve.usecases.smoke.run import run_smoke
     from gemma_serve.view.output import Output
@@ -244,11 +185,14 @@ def _run(
 
     output, title = Output(as_json=as_json), smoke_title(url, model)
     run = partial(run_smoke, url=url, model=model, api_key=api_key, options=options, only=ids)
-    if not as_json and can_show_table():
-        with SmokeTable(with_needs(ids), title) as table:
-            return run(on_begin=table.began, on_event=table.ended)
-    output.data(title)
-    return run(on_event=lambda check: output.data(check_view(check)))
+    try:
+        if not as_json and can_show_table():
+            with SmokeTable(with_needs(ids), title) as table:
+                return run(on_begin=table.began, on_event=table.ended)
+        output.data(title)
+        return run(on_event=lambda check: output.data(check_view(check)))
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT) from None
 
 
 def _endpoint_of(name: str | None, url: str | None) -> Deployment | None:
