@@ -192,7 +192,9 @@ async def _judge_parted(
         # With known answers there is no doubt, and nothing to ask for.
         if asked[others[0]].known is not None:
             return _other_answer(asked, alone, together, others[0])
-        asking = (session.margins(asked[i], together[i].completion_tokens or 1) for i in others)
+        # As they were asked: past the end too.
+        ways = (Sampling(together[i].completion_tokens or 1, ignore_eos=True) for i in others)
+        asking = (session.margins(asked[i], way) for i, way in zip(others, ways, strict=True))
         for index, tokens in zip(others, await asyncio.gather(*asking), strict=True):
             if not tokens:
                 return judge_own_answers(alone, together) or judge_beginnings(alone, together)

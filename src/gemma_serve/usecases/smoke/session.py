@@ -25,7 +25,6 @@ from gemma_serve.planning.smoke.questions import (
     Questions,
     answer_tokens,
     many_questions,
-    with_room,
 )
 from gemma_serve.planning.smoke.report import Status
 from gemma_serve.planning.smoke.streams import spread_s
@@ -215,14 +214,14 @@ class Session:
         """
         if fault is None or fault.texts is None or question.known is not None:
             return fault
-        tokens = await self.margins(question, answer_tokens(question, self.max_model_len))
+        limit = answer_tokens(question, self.max_model_len)
+        tokens = await self.margins(question, Sampling(limit))
         if tokens and all(parts_at_a_tie(text, tokens) for text in fault.texts):
             return None
         return fault
 
-    async def margins(self, question: Question, tokens: int) -> tuple[Token, ...]:
+    async def margins(self, question: Question, sampling: Sampling) -> tuple[Token, ...]:
         """The tokens of the answer with their margins; none where the server tells none."""
-        sampling = Sampling(with_room(tokens, self.max_model_len))
         try:
             found = await self.endpoint.token_margins(
                 self.model, question.prompt, question.messages, sampling
